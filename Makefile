@@ -1,0 +1,49 @@
+# Every target sets up what it needs in .venv and skips what is there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: help quickstart test test-all test-oldest lint format bench fidelity build clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version.split()[0])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+quickstart: $(VENV)/installed  ## Train a ViT on handwritten digits and classify with it
+	$(BIN)/python -m trainers.finetune --recipe quickstart
+
+test: lint  ## Lint and run the fast tests
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: lint  ## Run all tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev  ## Check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/installed-dev  ## Fix style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed-dev  ## Time models against transformers and timm
+	$(BIN)/python tests/benchmarks/speed.py
+
+fidelity: $(VENV)/installed-dev  ## Compare outputs with transformers and timm
+	$(BIN)/python tests/benchmarks/fidelity.py
+
+build: $(VENV)/installed-dev  ## Build the wheel into dist/
+	$(BIN)/python -m build --wheel
+
+clean:  ## Remove what the other targets made, runs/ excepted
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

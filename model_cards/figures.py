@@ -1,0 +1,150 @@
+"""Figures of a training run: plain data in, a `matplotlib.figure.Figure` out.
+
+Figures are built with matplotlib's object API. pyplot would keep every figure alive in a global list and ask for a
+window system; here `figure.savefig(path)` draws with Agg and nothing is left behind.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+
+# Two colours of the Okabe-Ito palette: told apart by readers with any kind of colour vision.
+TRAIN_COLOR = "#0072B2"
+EVAL_COLOR = "#D55E00"
+
+# What the Trainer logs -> panel, line, colour.
+LOGGED_CURVES = {
+    "loss": ("Loss", "train", TRAIN_COLOR),
+    "eval_loss": ("Loss", "evaluation", EVAL_COLOR),
+    "eval_accuracy": ("Accuracy", "evaluation", EVAL_COLOR),
+    "learning_rate": ("Learning rate", "train", TRAIN_COLOR),
+}
+PANEL_WIDTHS = {"Loss": 3, "Accuracy": 3, "Learning rate": 2}
+
+MAX_CLASSES_WITH_COUNTS = 20
+MAX_TICKS = 25
+MAX_LABEL_LENGTH = 24
+TICK_FONT_SIZE = 8
+# Of the font's size, for the default font and the widest usual characters, its digits among them.
+CHARACTER_WIDTH = 0.64
+
+
+def collect_curves(log_history: Sequence[Mapping]) -> dict[str, tuple[list[float], list[float]]]:
+    """Returns (epochs, values) for each quantity of `LOGGED_CURVES` that the log holds.
+
+    The first value at an epoch counts: a later one comes from evaluating again after training, when the best weights
+    may have been loaded back, and would draw a jump that training never made.
+    """
+    curves = {}
+    for key in LOGGED_CURVES:
+        values = {}
+        for entry in log_history:
+            if key in entry and "epoch" in entry:
+                values.setdefault(entry["epoch"], entry[key])
+        if values:
+            curves[key] = (list(values.keys()), list(values.values()))
+    return curves
+
+
+def plot_training_curves(log_history: Sequence[Mapping]) -> Figure:
+    """Draws loss, accuracy and learning rate against the epoch from the Trainer's `state.log_history`.
+
+    A panel without a logged value is left out. A log that holds none of them raises `ValueError`.
+    """
+    curves = collect_curves(log_history)
+    if not curves:
+        raise ValueError(f"the log holds none of {', '.join(LOGGED_CURVES)} with an epoch ({len(log_history)} entries)")
+
+    titles = list(dict.fromkeys(LOGGED_CURVES[key][0] for key in curves))
+    widths = [PANEL_WIDTHS[title] for title in titles]
+    figure = Figure(figsize=(1.5 * sum(widths) + 0.5, 3.7), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    panels = figure.subplots(1, len(titles), sharex=True, width_ratios=widths, squeeze=False)[0]
+    axes = dict(zip(titles, panels, strict=True))
+
+    for key, (epochs, values) in curves.items():
+        title, label, color = LOGGED_CURVES[key]
+        # Dots keep a curve of one or a few points visible; on a long one they would only be ink.
+        marker = "o" if len(epochs) <= 30 else None
+        axes[title].plot(epochs, values, label=label, color=color, marker=marker, markersize=4, linewidth=1.4)
+    for title, panel in axes.items():
+        panel.set_title(title, loc="left", fontweight="bold", fontsize=11)
+        panel.set_xlabel("epoch")
+        panel.set_xlim(left=0)
+        panel.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="y", color="0.9")
+        panel.set_axisbelow(True)
+
+    if "Loss" in axes:
+        axes["Loss"].legend(frameon=False)
+    if "Accuracy" in axes:
+        axes["Accuracy"].yaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{100 * value:g}%"))
+    if "Learning rate" in axes:
+        axes["Learning rate"].yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        # Plain numbers: the default's "1e-3" above the axis would sit on the title.
+        axes["Learning rate"].yaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:g}"))
+    return figure
+
+
+def plot_confusion_matrix(matrix: np.ndarray, label_names: Sequence[str]) -> Figure:
+    """Draws counts (C, C), true classes down and predicted classes across, each row coloured by its shares.
+
+    Up to 20 classes every count that is not zero is written in its cell; beyond 25 classes only every k-th class is
+    named. The row of a class without images is grey.
+    """
+    matrix = np.asarray(matrix)
+    num_classes = len(label_names)
+    if num_classes == 0 or matrix.shape != (num_classes, num_classes):
+        raise ValueError(f"a confusion matrix of shape {matrix.shape} does not fit {num_classes} label names")
+    if not np.issubdtype(matrix.dtype, np.integer):
+        raise ValueError(f"a confusion matrix holds counts, not {matrix.dtype}: its rows are normalised here")
+    images_per_class = matrix.sum(axis=1, keepdims=True)
+    shares = np.full(matrix.shape, np.nan)
+    np.divide(matrix, images_per_class, out=shares, where=images_per_class > 0)
+
+    ticks = np.arange(0, num_classes, math.ceil(num_classes / MAX_TICKS))
+    names = [_shorten(label_names[tick]) for tick in ticks]
+
+    # Inches: the square of cells, and the room that the longest name needs beside it and, turned by 45 degrees, below.
+    side = min(max(0.45 * num_classes, 2.8), 9.0)
+    name_width = max(len(name) for name in names) * CHARACTER_WIDTH * TICK_FONT_SIZE / 72
+    figure = Figure(figsize=(side + name_width + 2.0, side + 0.7 * name_width + 0.8), layout="compressed")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    axes = figure.subplots()
+    color_map = colormaps["Blues"].with_extremes(bad="0.88")
+    # The square root makes a confusion of a few percent visible, which on a linear scale looks like none.
+    image = axes.imshow(shares, cmap=color_map, norm=PowerNorm(0.5, vmin=0, vmax=1))
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    # parse_math: a "$" in a class name is a "$", not the start of a formula.
+    axes.set_yticks(ticks, names, fontsize=TICK_FONT_SIZE, parse_math=False)
+    axes.set_xticks(ticks, names, fontsize=TICK_FONT_SIZE, parse_math=False)
+    for text in axes.get_xticklabels():
+        text.set(rotation=45, ha="right", va="top", rotation_mode="anchor")
+    axes.spines[:].set_visible(False)
+
+    if num_classes <= MAX_CLASSES_WITH_COUNTS:
+        cell_width = 72 * side / num_classes
+        font_size = min(9.0, 0.9 * cell_width / (CHARACTER_WIDTH * len(str(matrix.max()))))
+        for row, column in np.argwhere(matrix > 0):
+            color = "white" if image.norm(shares[row, column]) > 0.6 else "black"
+            count = str(matrix[row, column])
+            axes.text(column, row, count, ha="center", va="center", fontsize=font_size, color=color)
+
+    color_bar = figure.colorbar(image, ticks=[0, 0.05, 0.2, 0.5, 1], format=PercentFormatter(xmax=1, decimals=0))
+    color_bar.set_label("share of the true class")
+    color_bar.outline.set_visible(False)
+    return figure
+
+
+def _shorten(name: str) -> str:
+    """Puts a class name on one line of at most `MAX_LABEL_LENGTH` characters."""
+    name = " ".join(name.split())
+    return name if len(name) <= MAX_LABEL_LENGTH else name[: MAX_LABEL_LENGTH - 1] + "…"

@@ -1,0 +1,54 @@
+"""Every cache in a temporary folder, and no network: set here, before any test imports a library."""
+
+import os
+import shutil
+import tempfile
+
+
+CACHES = tempfile.mkdtemp(prefix="vit_custom_tests_")
+os.environ |= {
+    name: os.path.join(CACHES, name.lower())
+    for name in (
+        "GRADIO_TEMP_DIR",
+        "HF_ASSETS_CACHE",
+        "HF_DATASETS_CACHE",
+        "HF_EVALUATE_CACHE",
+        "HF_HOME",
+        "HF_HUB_CACHE",
+        "HF_METRICS_CACHE",
+        "HF_MODULES_CACHE",
+        "HF_XET_CACHE",
+        "MPLCONFIGDIR",
+        "TORCHINDUCTOR_CACHE_DIR",
+        "TORCH_HOME",
+        "TRITON_CACHE_DIR",
+        "XDG_CACHE_HOME",
+    )
+}
+os.environ |= {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "1",
+    "MPLBACKEND": "Agg",
+}
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tiny_models import ARCHITECTURES  # noqa: E402
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(CACHES, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request) -> str:
+    """The name of each architecture in turn, for `tiny_config`."""
+    return request.param

@@ -1,0 +1,440 @@
+"""Model cards: what is known is in them, what is not known is not, and no name can break them."""
+
+import ast
+import functools
+import html
+import itertools
+import re
+import runpy
+
+import jinja2
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard
+from matplotlib import pyplot
+from matplotlib.colors import to_hex
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from model_cards.card import (
+    TrainingRun,
+    build_metadata,
+    escape_markdown,
+    find_worst_classes,
+    is_hub_id,
+    render_card,
+    write_card,
+)
+from model_cards.figures import collect_curves, plot_confusion_matrix, plot_training_curves
+
+
+NASTY_NAMES = [
+    "a|b",
+    "<b>bold</b> & <img src=x>",
+    'it\'s "quoted": `code` *star* _under_ ~~gone~~ [link](x) \\',
+    "two\n---\nlines | - key: value",
+    "$x$ é {{ 7 * 7 }}",
+]
+LOG_HISTORY = [
+    {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 1e-3, "epoch": 0.5, "step": 1},
+    {"loss": 1.5, "grad_norm": 1.0, "learning_rate": 5e-4, "epoch": 1.0, "step": 2},
+    {"eval_loss": 1.6, "eval_accuracy": 0.4, "eval_runtime": 0.1, "epoch": 1.0, "step": 2},
+    {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.0, "epoch": 2.0, "step": 4},
+    {"eval_loss": 1.7, "eval_accuracy": 0.3, "eval_runtime": 0.1, "epoch": 2.0, "step": 4},
+    {"train_runtime": 3.0, "train_loss": 1.5, "epoch": 2.0, "step": 4},
+    # The best weights were loaded back and evaluated once more.
+    {"eval_loss": 1.6, "eval_accuracy": 0.4, "eval_runtime": 0.1, "epoch": 2.0, "step": 4},
+]
+FULL_RUN = TrainingRun(
+    name="someone/deit-tiny-flowers",
+    preset="deit_tiny",
+    num_parameters=5_524_416,
+    image_size=224,
+    label_names=["daisy", "rose", "tulip"],
+    base_model="facebook/deit-tiny-patch16-224",
+    dataset="someone/flowers",
+    split_sizes={"train": 1200, "test": 30},
+    evaluation_split="test",
+    results={"accuracy": 0.8, "top5_accuracy": 1.0, "loss": 0.51234},
+    confusion_matrix=np.array([[10, 0, 0], [1, 8, 1], [4, 0, 6]]),
+    log_history=LOG_HISTORY,
+    command="python -m trainers.finetune \\\n  --recipe flowers",
+    seed=0,
+    versions={"torch": "2.8.0", "transformers": "5.17.0"},
+    hardware="1 × NVIDIA A100",
+    wall_time=3723.4,
+)
+MINIMAL_RUN = TrainingRun(name="checkpoint-3")
+
+
+def read_table(text, header):
+    """Reads the markdown table under a header row: a list of rows of unescaped cells."""
+    lines = text[text.index(header) :].splitlines()
+    rows = []
+    for line in lines[2:]:
+        if not line.startswith("|"):
+            break
+        cells = re.split(r"(?<!\\)\|", line)[1:-1]
+        rows.append([html.unescape(re.sub(r"\\(.)", r"\1", cell.strip())) for cell in cells])
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------- metadata
+
+
+def test_metadata_survives_writing_and_loading(tmp_path):
+    path = write_card(tmp_path, FULL_RUN)
+    assert path == tmp_path / "README.md"
+    card = ModelCard.load(path)
+    assert card.data.to_dict() == build_metadata(FULL_RUN).to_dict()
+    assert card.data.license == "apache-2.0"
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "image-classification"
+    assert "vit_custom" in card.data.tags
+    assert card.data.datasets == ["someone/flowers"]
+    assert card.data.base_model == "facebook/deit-tiny-patch16-224"
+    assert card.data.metrics == ["accuracy"]
+    assert card.data.model_name == "deit-tiny-flowers"
+    (result,) = card.data.eval_results
+    assert (result.task_type, result.dataset_type, result.dataset_split) == (
+        "image-classification",
+        "someone/flowers",
+        "test",
+    )
+    assert (result.metric_type, result.metric_value) == ("accuracy", 0.8)
+
+
+def test_numpy_numbers_become_yaml_numbers():
+    run = TrainingRun(name="out", dataset="someone/flowers", results={"accuracy": np.float32(0.75)})
+    assert ModelCard(str(render_card(run))).data.eval_results[0].metric_value == 0.75
+
+
+def test_license_can_be_chosen():
+    assert render_card(TrainingRun(name="out", license="mit")).data.license == "mit"
+
+
+@pytest.mark.parametrize("dataset", ["imagefolder", "/home/someone/flowers", "./flowers", "../flowers", "data/flowers"])
+def test_a_local_dataset_is_never_named_as_a_hub_dataset(dataset, tmp_path, monkeypatch):
+    (tmp_path / "data" / "flowers").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    card = render_card(TrainingRun(name="out", dataset=dataset, results={"accuracy": 0.5}, base_model=dataset))
+    assert card.data.datasets is None
+    assert card.data.base_model is None
+    (result,) = card.data.eval_results
+    assert result.dataset_type == "local"
+    assert result.dataset_name == ("local folder" if dataset == "imagefolder" else "flowers")
+    # Nor does the text give the path or a link to the Hub.
+    assert "/flowers" not in str(card)
+    assert "huggingface.co" not in str(card)
+
+
+def test_hub_id_is_told_from_a_folder_of_the_same_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_id("someone/flowers")
+    (tmp_path / "someone" / "flowers").mkdir(parents=True)
+    assert not is_hub_id("someone/flowers")
+
+
+def test_no_result_is_indexed_without_a_dataset():
+    card = render_card(TrainingRun(name="out", results={"accuracy": 0.5}))
+    assert "model-index" not in str(card)
+    assert "50.00%" in card.text
+
+
+# -------------------------------------------------------------------------------------------------------------- text
+
+
+def test_full_card_states_every_fact(tmp_path):
+    text = write_card(tmp_path, FULL_RUN).read_text(encoding="utf-8")
+    summary = next(line for line in text.splitlines() if line.startswith("A Vision Transformer"))
+    assert "preset deit\\_tiny, 5.5 M parameters, images of 224 × 224 pixels, 3 classes, fine-tuned from" in summary
+    assert "(https://huggingface.co/facebook/deit-tiny-patch16-224)" in summary
+    assert "Measured on the test split (30 images) of [someone/flowers]" in text
+    assert read_table(text, "| Metric |") == [["Accuracy", "80.00%"], ["Top-5 accuracy", "100.00%"], ["Loss", "0.5123"]]
+    assert read_table(text, "| Split |") == [["train", "1,200"], ["test", "30"]]
+    assert "```bash\npython -m trainers.finetune \\\n  --recipe flowers\n```" in text
+    assert read_table(text, "| Fact |") == [
+        ["Seed", "0"],
+        ["Hardware", "1 × NVIDIA A100"],
+        ["Wall time", "1 h 02 min"],
+        ["torch", "2.8.0"],
+        ["transformers", "5.17.0"],
+    ]
+    assert "](training_curves.png)" in text
+    assert "](confusion_matrix.png)" in text
+    # The daisies were all found: they are no weak side.
+    assert read_table(text, "| Class |") == [["tulip", "60.0%", "10", "daisy"], ["rose", "80.0%", "10", "daisy"]]
+
+
+def test_unknown_facts_are_absent(tmp_path):
+    text = write_card(tmp_path, MINIMAL_RUN).read_text(encoding="utf-8")
+    assert [line for line in text.splitlines() if line.startswith("#")] == ["# checkpoint-3", "## How to use"]
+    assert "\nA Vision Transformer (`vit_custom`) that classifies images.\n" in text
+    assert "None" not in text
+    assert "|" not in text
+    assert ".png" not in text
+    assert set(ModelCard(text).data.to_dict()) == {"license", "library_name", "pipeline_tag", "tags"}
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"from_scratch": True}, "classifies images, trained from scratch."),
+        ({"base_model": "/runs/pretrained"}, "classifies images, fine-tuned from the local checkpoint pretrained."),
+        ({"image_size": (192, 256)}, "classifies images, images of 192 × 256 pixels."),
+        ({"num_parameters": 24_610}, "classifies images, 0.025 M parameters."),
+        ({"wall_time": 61.0}, "| Wall time | 1 min 01 s |"),
+        ({"wall_time": 59.4}, "| Wall time | 59 s |"),
+        ({"results": {"loss": 1.0}}, "The split is not recorded."),
+        ({"results": {"loss": 1.0}, "evaluation_split": "test"}, "Measured on the test split."),
+        ({"results": {"loss": 1.0}, "dataset": "imagefolder"}, "Measured on a local folder."),
+        ({"results": {"calibration_error": 0.0125}}, "| calibration\\_error | 0.0125 |"),
+        ({"command": "echo '```'"}, "````bash\necho '```'\n````"),
+    ],
+)
+def test_single_facts(facts, words):
+    assert words in render_card(TrainingRun(name="out", **facts)).text
+
+
+@pytest.mark.parametrize("run", [FULL_RUN, MINIMAL_RUN], ids=["full", "minimal"])
+def test_the_template_asks_for_nothing_that_is_not_given(run, monkeypatch):
+    # By default Jinja renders a misspelt name as nothing.
+    monkeypatch.setattr(jinja2, "Template", functools.partial(jinja2.Template, undefined=jinja2.StrictUndefined))
+    render_card(run, figures=["training_curves.png", "confusion_matrix.png"])
+
+
+def test_impossible_facts_are_refused():
+    with pytest.raises(ValueError, match="accuracy is a fraction between 0 and 1, got 91.2"):
+        TrainingRun(name="out", results={"accuracy": 91.2})
+    with pytest.raises(ValueError, match="accuracy is a fraction between 0 and 1, got nan"):
+        TrainingRun(name="out", results={"accuracy": float("nan")})
+    with pytest.raises(ValueError, match="from scratch has no base model, got 'google/vit'"):
+        TrainingRun(name="out", from_scratch=True, base_model="google/vit")
+    with pytest.raises(ValueError, match=r"shape \(2, 2\) does not fit 3 label names"):
+        TrainingRun(name="out", label_names=["a", "b", "c"], confusion_matrix=np.eye(2, dtype=int))
+
+
+# ------------------------------------------------------------------------------------------------------- nasty names
+
+
+def test_nasty_class_names_survive(tmp_path):
+    num_classes = len(NASTY_NAMES)
+    # Every image is taken for the next class; the classes have 5, 4, 3, ... images, so they come in order.
+    matrix = np.roll(np.diag(np.arange(num_classes, 0, -1)), 1, axis=1)
+    run = TrainingRun(
+        name=NASTY_NAMES[2],
+        label_names=NASTY_NAMES,
+        confusion_matrix=matrix,
+        dataset="imagefolder",
+        evaluation_split=NASTY_NAMES[3],
+        split_sizes={NASTY_NAMES[0]: 1},
+        results={"accuracy": 0.0},
+        hardware=NASTY_NAMES[1],
+    )
+    text = write_card(tmp_path, run).read_text(encoding="utf-8")
+    expected = [" ".join(name.split()) for name in NASTY_NAMES]
+    rows = read_table(text, "| Class |")
+    assert [row[0] for row in rows] == expected
+    assert [row[3] for row in rows] == expected[1:] + expected[:1]
+    assert read_table(text, "| Split |") == [["a|b", "1"]]
+    assert read_table(text, "| Fact |") == [["Hardware", expected[1]]]
+    assert "<b>" not in text
+    assert "<img" not in text
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.to_dict() == build_metadata(run).to_dict()
+    assert card.data.model_name == NASTY_NAMES[2]
+    assert card.data.eval_results[0].dataset_split == NASTY_NAMES[3]
+    # The name arrives in the snippets as it is.
+    loaded = re.search(r'pipeline\("image-classification", model=(".*"), trust', text).group(1)
+    assert ast.literal_eval(loaded) == NASTY_NAMES[2]
+
+
+def test_escape_markdown_escapes_every_special_character():
+    assert escape_markdown("a|b\r\nc\t<i>") == r"a\|b c &lt;i&gt;"
+    assert escape_markdown(r"\|") == r"\\\|"
+    assert escape_markdown("&lt;") == "&amp;lt;"
+
+
+# ------------------------------------------------------------------------------------------------------------ limits
+
+
+def test_worst_classes_come_by_recall_then_by_number_of_images():
+    matrix = np.array(
+        [
+            [5, 5, 0, 0, 0],
+            [0, 9, 0, 1, 0],
+            [0, 50, 50, 0, 0],
+            [0, 0, 0, 0, 0],
+            [0, 0, 0, 0, 7],
+        ]
+    )
+    names = ["few", "good", "many", "unseen", "perfect"]
+    assert find_worst_classes(matrix, names, 3) == [
+        ("many", 0.5, 100, "good"),
+        ("few", 0.5, 10, "good"),
+        ("good", 0.9, 10, "unseen"),
+    ]
+    assert [row[0] for row in find_worst_classes(matrix, names, 1)] == ["many"]
+    text = render_card(TrainingRun(name="out", label_names=names, confusion_matrix=matrix)).text
+    assert "1 of 5 classes have no image in the evaluation split" in text
+
+
+def test_a_perfect_matrix_is_not_praised():
+    run = TrainingRun(name="out", label_names=["a", "b"], confusion_matrix=np.diag([3, 4]), evaluation_split="test")
+    text = render_card(run).text
+    assert "No image of the test split was misclassified" in text
+    assert "| Class |" not in text
+
+
+# ---------------------------------------------------------------------------------------------------------- snippets
+
+
+def test_snippets_run_as_they_stand(tmp_path, monkeypatch, capsys):
+    # Any image classifier will do: it is the card's code that is tested.
+    config = ViTConfig(
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=8,
+        image_size=16,
+        patch_size=8,
+        id2label={0: "daisy", 1: "rose"},
+    )
+    folder = tmp_path / "checkpoint-3"
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "image.jpg")
+    monkeypatch.chdir(tmp_path)
+    text = write_card(folder, MINIMAL_RUN).read_text(encoding="utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(snippets) == 2
+    outputs = []
+    for snippet in snippets:
+        (tmp_path / "snippet.py").write_text(snippet, encoding="utf-8")
+        runpy.run_path("snippet.py")
+        outputs.append(capsys.readouterr().out)
+    classes = re.findall("daisy|rose", outputs[0])
+    assert sorted(classes) == ["daisy", "rose"]
+    # Both ways agree on the likeliest class.
+    assert outputs[1].strip() == classes[0]
+
+
+# ----------------------------------------------------------------------------------------------------------- figures
+
+
+def read_lines(axes):
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
+
+
+def test_training_curves_hold_the_log():
+    loss, accuracy, learning_rate = plot_training_curves(LOG_HISTORY).axes
+    assert read_lines(loss) == {
+        "train": ([0.5, 1.0, 2.0], [2.0, 1.5, 1.0]),
+        "evaluation": ([1.0, 2.0], [1.6, 1.7]),
+    }
+    assert read_lines(accuracy) == {"evaluation": ([1.0, 2.0], [0.4, 0.3])}
+    assert read_lines(learning_rate) == {"train": ([0.5, 1.0, 2.0], [1e-3, 5e-4, 0.0])}
+    assert [axes.get_title(loc="left") for axes in (loss, accuracy, learning_rate)] == [
+        "Loss",
+        "Accuracy",
+        "Learning rate",
+    ]
+    assert {text.get_text() for text in loss.get_legend().get_texts()} == {"train", "evaluation"}
+    assert to_hex(loss.get_lines()[0].get_color()) != to_hex(loss.get_lines()[1].get_color())
+
+
+def test_training_curves_without_evaluation_have_no_empty_panel():
+    log_history = [entry for entry in LOG_HISTORY if "loss" in entry]
+    figure = plot_training_curves(log_history)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Loss", "Learning rate"]
+    assert list(read_lines(figure.axes[0])) == ["train"]
+
+
+def test_a_log_without_curves(tmp_path):
+    # A run shorter than the logging interval logs its summary only.
+    summary = [{"train_runtime": 3.0, "train_loss": 1.5, "epoch": 2.0, "step": 4}]
+    assert collect_curves(summary) == {}
+    with pytest.raises(ValueError, match="1 entries"):
+        plot_training_curves(summary)
+    text = write_card(tmp_path, TrainingRun(name="out", log_history=summary)).read_text(encoding="utf-8")
+    assert ".png" not in text
+
+
+@pytest.mark.parametrize("values", [[float("nan")], [1.0, float("nan"), float("inf")]])
+def test_a_diverged_run_can_be_drawn(values, tmp_path):
+    log_history = [{"loss": value, "epoch": float(index)} for index, value in enumerate(values)]
+    plot_training_curves(log_history).savefig(tmp_path / "curves.png")
+
+
+def test_confusion_matrix_is_coloured_by_row_and_labelled_by_count():
+    matrix = np.array([[30, 10, 0], [0, 5, 5], [0, 0, 0]])
+    axes, color_bar = plot_confusion_matrix(matrix, ["a", "$b$", "c\nd" + "x" * 50]).axes
+    shares = axes.get_images()[0].get_array()
+    np.testing.assert_allclose(shares[:2], [[0.75, 0.25, 0], [0, 0.5, 0.5]])
+    assert np.ma.getmaskarray(shares)[2].all()
+    counts = {text.get_position(): text.get_text() for text in axes.texts}
+    # (column, row): a zero is an empty cell
+    assert counts == {(0, 0): "30", (1, 0): "10", (1, 1): "5", (2, 1): "5"}
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        names = [label.get_text() for label in labels]
+        assert names[:2] == ["a", "$b$"]
+        assert names[2].startswith("c dx")
+        assert len(names[2]) == 24
+        assert not labels[1].get_parse_math()
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("true class", "predicted class")
+    assert color_bar.get_ylim() == (0, 1)
+
+
+@pytest.mark.parametrize(("num_classes", "has_counts"), [(20, True), (21, False), (100, False)])
+def test_a_large_confusion_matrix_is_thinned_out(num_classes, has_counts):
+    matrix = np.diag(np.arange(1, num_classes + 1))
+    figure = plot_confusion_matrix(matrix, [f"class {index}" for index in range(num_classes)])
+    axes = figure.axes[0]
+    assert len(axes.texts) == (num_classes if has_counts else 0)
+    ticks = axes.get_xticks()
+    assert len(ticks) <= 25
+    assert [label.get_text() for label in axes.get_xticklabels()] == [f"class {tick}" for tick in ticks]
+
+
+@pytest.mark.parametrize("num_classes", [10, 37, 100])
+def test_names_of_classes_do_not_overlap(num_classes):
+    names = [f"a class with a name {index}" for index in range(num_classes)]
+    figure = plot_confusion_matrix(np.eye(num_classes, dtype=int), names)
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    for label in axes.get_yticklabels() + axes.get_xticklabels() + [axes.xaxis.label, axes.yaxis.label]:
+        box = label.get_window_extent()
+        assert box.x0 >= 0
+        assert box.y0 >= 0
+        assert box.y1 <= figure.bbox.height
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert all(upper.y0 >= lower.y1 for upper, lower in itertools.pairwise(boxes))
+    # Turned by 45 degrees, lines of text stay apart when their anchors are sqrt(2) line heights apart.
+    anchors = [axes.transData.transform((tick, 0))[0] for tick in axes.get_xticks()]
+    line_height = boxes[0].height
+    assert min(np.diff(anchors)) >= line_height * 2**0.5
+
+
+def test_confusion_matrix_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"shape \(2, 3\) does not fit 2 label names"):
+        plot_confusion_matrix(np.zeros((2, 3), dtype=int), ["a", "b"])
+    with pytest.raises(ValueError, match="holds counts, not float64"):
+        plot_confusion_matrix(np.eye(2), ["a", "b"])
+
+
+def test_figures_are_written_as_pngs_of_sensible_size(tmp_path):
+    write_card(tmp_path, FULL_RUN)
+    for name in ("training_curves.png", "confusion_matrix.png"):
+        with Image.open(tmp_path / name) as image:
+            image.load()
+            assert image.format == "PNG"
+            assert 500 <= image.width <= 2500
+            assert 400 <= image.height <= 2500
+            assert len(image.convert("RGB").getcolors(maxcolors=10**6)) > 50
+
+
+def test_figures_leave_pyplot_alone(tmp_path):
+    before = pyplot.get_fignums()
+    write_card(tmp_path, FULL_RUN)
+    assert pyplot.get_fignums() == before

@@ -1,0 +1,523 @@
+"""The demo in spaces/: its answers, everything it must refuse, and the command that starts it."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from packaging.version import Version
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+
+gradio = pytest.importorskip("gradio")
+
+from gradio_client import Client, handle_file  # noqa: E402
+from gradio_client.exceptions import AppError  # noqa: E402
+
+
+ROOT = Path(__file__).parents[1]
+LABELS = ["ant", "bee", "cat", "dog", "eel"]
+# The code of a model that only its own checkpoint knows: a linear classifier of the mean colour.
+CUSTOM_CODE = """
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput
+
+
+class MeanColourConfig(PreTrainedConfig):
+    model_type = "mean_colour"
+
+
+class MeanColourForImageClassification(PreTrainedModel):
+    config_class = MeanColourConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.head = nn.Linear(3, config.num_labels)
+        self.post_init()
+
+    def forward(self, pixel_values):
+        return ImageClassifierOutput(logits=self.head(pixel_values.mean(dim=(2, 3))))
+"""
+
+
+@pytest.fixture(scope="module")
+def app():
+    spec = importlib.util.spec_from_file_location("space_app", ROOT / "spaces" / "app.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=16,
+        patch_size=8,
+        initializer_range=0.5,  # far from equal probabilities
+        id2label=dict(enumerate(LABELS)),
+        label2id={label: index for index, label in enumerate(LABELS)},
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def upload_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("uploads")
+
+
+@pytest.fixture(scope="module")
+def demo(app, checkpoint, upload_folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(upload_folder))
+        demo = app.build_demo(app.load_classifier(str(checkpoint)))
+        demo.launch(server_name="127.0.0.1", prevent_thread_lock=True, ssr_mode=False, quiet=True, **app.LAUNCH_OPTIONS)
+        yield demo
+        demo.close()
+
+
+@pytest.fixture
+def client(demo, tmp_path):
+    return Client(demo.local_url, verbose=False, analytics_enabled=False, download_files=str(tmp_path / "downloads"))
+
+
+@pytest.fixture
+def quiet_transformers():
+    """`main` silences transformers for the whole process; the other tests want it as it was."""
+    verbosity = transformers.logging.get_verbosity()
+    yield
+    transformers.logging.set_verbosity(verbosity)
+    transformers.logging.enable_progress_bar()
+
+
+def picture(width=40, height=20, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (4, 6, 3), generator=generator, dtype=torch.uint8).numpy()
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+
+
+def expected_probabilities(checkpoint, image):
+    pixels = ViTImageProcessor.from_pretrained(checkpoint)(images=image, return_tensors="pt")
+    with torch.no_grad():
+        logits = ViTForImageClassification.from_pretrained(checkpoint)(**pixels).logits[0]
+    return dict(zip(LABELS, logits.softmax(dim=-1).tolist(), strict=True))
+
+
+def answered_probabilities(answer):
+    return {entry["label"]: entry["confidence"] for entry in answer["confidences"]}
+
+
+def request(url, body=None, headers=None):
+    """The status and the text of the answer to a GET, or to a POST where there is a body."""
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, data=body, headers=headers or {}), timeout=60
+        ) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def call(demo, *data, function="classify"):
+    """Call a function of the page as a browser does, without gradio's client: did it succeed, and its output."""
+    [index] = [index for index, block_function in demo.fns.items() if block_function.api_name == function]
+    body = {"data": data, "fn_index": index, "session_hash": uuid.uuid4().hex}
+    status, text = request(
+        f"{demo.local_api_url}queue/join", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    assert status == 200, text
+    _, stream = request(f"{demo.local_api_url}queue/data?session_hash={body['session_hash']}")
+    messages = [json.loads(line.removeprefix("data: ")) for line in stream.splitlines() if line]
+    [completed] = [message for message in messages if message["msg"] == "process_completed"]
+    return completed["success"], completed["output"]
+
+
+# Answers
+
+
+def test_answer_is_the_softmax_of_the_model(client, checkpoint, tmp_path):
+    image = picture()
+    image.save(tmp_path / "picture.png")
+    answer = client.predict(handle_file(tmp_path / "picture.png"), 3, api_name="/classify")
+    expected = expected_probabilities(checkpoint, image)
+    best = sorted(expected, key=expected.get, reverse=True)[:3]
+    assert answer["label"] == best[0]
+    assert list(answered_probabilities(answer)) == best
+    assert answered_probabilities(answer) == pytest.approx({label: expected[label] for label in best}, abs=1e-6)
+
+
+def test_image_is_turned_the_way_the_camera_was_held(client, checkpoint, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the tag of the orientation: the camera was turned by a quarter
+    picture().save(tmp_path / "picture.png", exif=exif)
+    answer = answered_probabilities(client.predict(handle_file(tmp_path / "picture.png"), 5, api_name="/classify"))
+    upright = picture().transpose(Image.Transpose.ROTATE_270)
+    assert answer == pytest.approx(expected_probabilities(checkpoint, upright), abs=1e-6)
+    assert answer != pytest.approx(expected_probabilities(checkpoint, picture()), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [("1", "png"), ("L", "jpg"), ("P", "gif"), ("RGBA", "webp"), ("CMYK", "jpg"), ("RGB", "bmp")],
+)
+def test_every_colour_mode_becomes_rgb(client, checkpoint, tmp_path, mode, suffix):
+    path = tmp_path / f"picture.{suffix}"
+    picture().convert(mode).save(path)
+    with Image.open(path) as image:
+        expected = expected_probabilities(checkpoint, image.convert("RGB"))
+    answer = client.predict(handle_file(path), 5, api_name="/classify")
+    assert answered_probabilities(answer) == pytest.approx(expected, abs=1e-6)
+
+
+def test_independent_labels_have_independent_probabilities(app, checkpoint):
+    classifier = app.load_classifier(str(checkpoint))
+    classifier.model.config.problem_type = "multi_label_classification"
+    with torch.no_grad():
+        logits = classifier.model(**classifier.image_processor(images=picture(), return_tensors="pt")).logits[0]
+    expected = dict(zip(LABELS, logits.sigmoid().tolist(), strict=True))
+    assert classifier.classify(picture(), 5) == pytest.approx(expected, abs=1e-6)
+
+
+def test_classes_that_share_a_label_stay_apart(app):
+    assert app.distinct_labels({0: "crane", 1: "ant", 2: "crane"}) == ("crane (0)", "ant", "crane (2)")
+
+
+# Refusals
+
+
+def save_text(path):
+    path.write_text("no image")
+
+
+def save_truncated(path):
+    picture(400, 400).save(path)
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def save_unlisted_format(path):
+    picture().save(path, format="TIFF")
+
+
+def save_damaged_orientation(path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0100] = 6, 40
+    picture().save(path, format="JPEG", exif=exif)
+    # The second tag, the width, becomes a text: Pillow reads it, and fails to write it when it turns the image.
+    path.write_bytes(path.read_bytes().replace(b"\x01\x00\x00\x04", b"\x01\x00\x00\x02", 1))
+
+
+def save_pixel_bomb(path):
+    Image.new("1", (9_000, 9_000)).save(path)
+
+
+def save_pillows_own_pixel_bomb(path):
+    Image.new("1", (20_000, 20_000)).save(path)
+
+
+def save_long_strip(path):
+    Image.new("1", (70_000, 1)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("save", "sentence"),
+    [
+        (save_text, "NOT_AN_IMAGE"),
+        (save_truncated, "NOT_AN_IMAGE"),
+        (save_unlisted_format, "NOT_AN_IMAGE"),
+        (save_damaged_orientation, "NOT_AN_IMAGE"),
+        (save_pixel_bomb, "TOO_MANY_PIXELS"),
+        (save_pillows_own_pixel_bomb, "TOO_MANY_PIXELS"),
+        (save_long_strip, "TOO_MANY_PIXELS"),
+    ],
+)
+def test_unfit_file_gets_one_sentence(app, client, tmp_path, save, sentence):
+    path = tmp_path / "picture.png"
+    save(path)
+    assert path.stat().st_size < app.MAX_FILE_BYTES
+    with pytest.raises(AppError) as refusal:
+        client.predict(handle_file(path), 3, api_name="/classify")
+    assert refusal.value.message == getattr(app, sentence)
+
+
+def test_oversized_upload_is_refused_at_the_door(app, demo, upload_folder):
+    boundary, size = "boundary", app.MAX_FILE_BYTES + 1
+    head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    body = head.encode() + bytes(size) + f"\r\n--{boundary}--\r\n".encode()
+    headers = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    before = set(upload_folder.rglob("*"))
+    status, text = request(f"{demo.local_api_url}upload", body, headers)
+    assert status == 413
+    assert f"maximum allowed size of {app.MAX_FILE_BYTES} bytes" in text
+    assert set(upload_folder.rglob("*")) == before
+
+
+def test_oversized_file_is_refused_unopened(app, demo, upload_folder):
+    path = upload_folder / "oversized.png"
+    picture().save(path)
+    with path.open("ab") as file:
+        file.truncate(app.MAX_FILE_BYTES + 1)
+    success, output = call(demo, {"path": str(path)}, 3)
+    assert (success, output["error"]) == (False, app.TOO_LARGE)
+
+
+@pytest.fixture
+def server_file(tmp_path):
+    """An image that lies on the server and that nobody uploaded."""
+    path = tmp_path / "private.png"
+    picture().save(path)
+    return path
+
+
+MARK = {"meta": {"_type": "gradio.FileData"}}
+
+
+@pytest.mark.parametrize("mark", [{}, MARK], ids=["unmarked", "marked"])
+@pytest.mark.parametrize("target", ["image", "passwd", "dots", "link", "folder", "relative", "address", "null byte"])
+def test_only_uploads_are_opened(app, demo, upload_folder, server_file, target, mark):
+    link = upload_folder / "link.png"
+    link.unlink(missing_ok=True)
+    link.symlink_to(server_file)
+    path = {
+        "image": str(server_file),
+        "passwd": "/etc/passwd",
+        "dots": f"{upload_folder}/{os.path.relpath(server_file, upload_folder)}",
+        "link": str(link),
+        "folder": str(upload_folder),
+        "relative": "README.md",
+        "address": "http://127.0.0.1:9/picture.png",
+        "null byte": f"{upload_folder}/a\0.png",
+    }[target]
+    success, output = call(demo, {"path": path, **mark}, 3)
+    assert (success, output["error"]) == (False, app.NOT_UPLOADED)
+    assert path not in json.dumps(output)
+
+
+def test_function_behind_the_slider_opens_only_uploads(app, demo, upload_folder, server_file):
+    picture().save(upload_folder / "picture.png")
+    success, output = call(demo, {"path": str(upload_folder / "picture.png")}, 2, function="classify_again")
+    assert success
+    assert len(output["data"][0]["confidences"]) == 2
+    success, output = call(demo, {"path": str(server_file)}, 2, function="classify_again")
+    assert (success, output["error"]) == (False, app.NOT_UPLOADED)
+    assert call(demo, None, 2, function="classify_again")[0]
+
+
+def test_image_inside_the_payload_is_refused(app, demo):
+    success, output = call(demo, {"url": "data:image/png;base64,iVBORw0KGgo="}, 3)
+    assert (success, output["error"]) == (False, app.NOT_UPLOADED)
+
+
+def test_no_other_input_names_a_file(app, demo, server_file):
+    success, output = call(demo, None, [{"deep": {"path": str(server_file), **MARK}}])
+    assert (success, output["error"]) == (False, app.NOT_UPLOADED)
+
+
+def test_upload_is_opened_without_the_mark(demo, upload_folder):
+    """The refusals above are about the place of a file, not about the form of a payload."""
+    picture().save(upload_folder / "picture.png")
+    success, _ = call(demo, {"path": str(upload_folder / "picture.png")}, 3)
+    assert success
+
+
+def test_no_image_gets_one_sentence(app, demo):
+    success, output = call(demo, None, 3)
+    assert (success, output["error"]) == (False, app.NO_IMAGE)
+
+
+@pytest.mark.parametrize("top_k", [0, 6, 2.5, -1, 1e300, "3", None, [3]])
+def test_impossible_number_of_classes_gets_one_sentence(demo, upload_folder, top_k):
+    picture().save(upload_folder / "picture.png")
+    success, output = call(demo, {"path": str(upload_folder / "picture.png")}, top_k)
+    assert (success, output["error"]) == (False, "The number of classes must be a whole number from 1 to 5.")
+
+
+def test_queue_cannot_be_passed_by(demo):
+    body = json.dumps({"data": [None, 3]}).encode()
+    status, text = request(f"{demo.local_api_url}run/classify", body, {"Content-Type": "application/json"})
+    assert status == 404
+    assert "join the queue" in text
+
+
+# The page
+
+
+def test_page_names_model_parameters_and_version(app, demo, checkpoint):
+    _, text = request(f"{demo.local_url}config")
+    count = sum(parameter.numel() for parameter in ViTForImageClassification.from_pretrained(checkpoint).parameters())
+    assert (
+        f"tiny · {count:,} parameters · {app.describe_version()}"
+        in json.loads(text)["components"][-1]["props"]["value"]
+    )
+    assert "5 classes apart: ant, bee, cat, dog, eel." in text
+    assert str(checkpoint) not in text
+
+
+def test_page_escapes_what_a_checkpoint_says(app, checkpoint):
+    loaded = app.load_classifier(str(checkpoint))
+    labels = ("<script>", *LABELS[1:])
+    classifier = app.Classifier("<b>name</b>", loaded.model, loaded.image_processor, labels)
+    page = app.introduction(classifier) + app.about(classifier)
+    assert "<script>" not in page
+    assert "<b>" not in page
+
+
+def test_page_is_closed(demo, client):
+    config = json.loads(request(f"{demo.local_url}config")[1])
+    assert config["analytics_enabled"] is False
+    assert config["show_error"] is False
+    assert config.get("run_history", False) is False  # gradio 6.10 has none
+    assert demo.share is False
+    assert demo._queue.max_size == 32
+    assert list(client.view_api(return_format="dict")["named_endpoints"]) == ["/classify"]
+
+
+# The command
+
+
+def test_missing_default_model_is_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "spaces" / "app.py")]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        "app.py: error: there is no model in 'runs/digits': run `make quickstart` first or pass --model"
+    ]
+    assert result.stdout == ""
+
+
+def break_nothing_but_the_name(folder):
+    shutil.rmtree(folder)
+
+
+def break_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def break_weights(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+def remove_image_processor(folder):
+    (folder / "preprocessor_config.json").unlink()
+
+
+def remove_head(folder):
+    transformers.ViTModel.from_pretrained(folder).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (break_nothing_but_the_name, "there is no folder"),
+        (break_config, "JSON"),
+        (break_weights, "SafetensorError"),
+        (remove_image_processor, "preprocessor_config.json"),
+        (remove_head, "lacks classifier.bias, classifier.weight"),
+    ],
+)
+def test_unusable_model_is_one_line(app, checkpoint, tmp_path, monkeypatch, capfd, quiet_transformers, damage, reason):
+    monkeypatch.delattr("gradio.Blocks.launch")
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    damage(folder)
+    capfd.readouterr()
+    assert app.main(["--model", str(folder)]) == 2
+    output = capfd.readouterr()
+    assert output.out == ""
+    [line] = output.err.splitlines()
+    assert line.startswith("app.py: error: ")
+    assert repr(str(folder)) in line
+    assert reason in line
+    assert "pass --model a folder written by save_pretrained or a Hub id such as user/name" in line
+
+
+def test_code_of_a_checkpoint_runs_only_when_it_is_trusted(app, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    folder = tmp_path / "mean-colour"
+    folder.mkdir()
+    shutil.copy(checkpoint / "preprocessor_config.json", folder)
+    (folder / "modeling_mean_colour.py").write_text(CUSTOM_CODE)
+    config = {
+        "model_type": "mean_colour",
+        "architectures": ["MeanColourForImageClassification"],
+        "auto_map": {
+            "AutoConfig": "modeling_mean_colour.MeanColourConfig",
+            "AutoModelForImageClassification": "modeling_mean_colour.MeanColourForImageClassification",
+        },
+        "id2label": {str(index): label for index, label in enumerate(LABELS)},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save({"head.weight": torch.zeros(5, 3), "head.bias": torch.arange(5.0)}, folder / "pytorch_model.bin")
+    with pytest.raises(app.UnusableModelError, match="pass --trust_remote_code if you trust it"):
+        app.load_classifier(str(folder))
+    assert not (tmp_path / "modules").exists()
+    classifier = app.load_classifier(str(folder), trust_remote_code=True)
+    assert list(classifier.classify(picture(), 2)) == ["eel", "dog"]
+
+
+def test_command_serves_the_model_that_was_named(app, checkpoint, monkeypatch, quiet_transformers):
+    launches = []
+    monkeypatch.setattr("gradio.Blocks.launch", lambda self, **options: launches.append((self.title, options)))
+    assert app.main(["--model", str(checkpoint), "--port", "7861"]) == 0
+    [(title, options)] = launches
+    assert title == "tiny · vit-custom"
+    assert options == {"server_port": 7861, **app.LAUNCH_OPTIONS}
+    assert options["share"] is False  # not None: the environment could share it then
+
+
+def test_port_in_use_is_one_line(app, demo, checkpoint, capsys, quiet_transformers):
+    assert app.main(["--model", str(checkpoint), "--port", str(demo.server_port)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"{demo.server_port}-{demo.server_port}): pass another --port")
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "http"])
+def test_impossible_port_is_refused(app, capsys, port):
+    with pytest.raises(SystemExit) as refusal:
+        app.main(["--port", port])
+    assert refusal.value.code == 2
+    assert "--port" in capsys.readouterr().err
+
+
+# The files that make the folder a Space
+
+
+def test_front_matter_is_complete():
+    front_matter = yaml.safe_load((ROOT / "spaces" / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+    assert front_matter["sdk"] == "gradio"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", front_matter["sdk_version"])
+    assert (ROOT / "spaces" / front_matter["app_file"]).is_file()
+    assert front_matter["license"] == "apache-2.0"
+    assert len(front_matter["short_description"]) <= 60  # the Hub refuses a longer one
+    assert "image-classification" in front_matter["tags"]
+    [floor] = re.findall(r'"gradio>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert Version(front_matter["sdk_version"]) >= Version(floor)
+
+
+def test_space_requires_what_the_project_requires():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    lines = (ROOT / "spaces" / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    requirements = [line for line in lines if line and not line.startswith("#")]
+    assert requirements
+    assert [line for line in requirements if f'"{line}"' not in project] == []

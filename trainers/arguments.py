@@ -1,0 +1,178 @@
+"""Command lines of the training scripts: typed fields, recipes under them, and one line for a user's mistake."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import transformers
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+from transformers import HfArgumentParser
+
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train."""
+
+    model: str = field(
+        metadata={"help": "A preset (random weights), a folder written by save_pretrained, or a Hub id (fine-tuning)."}
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Side in pixels to train at; positions of a checkpoint are resampled. Default: the model's."},
+    )
+    config_overrides: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Fields of the configuration to replace, e.g. drop_path_rate=0.1 num_register_tokens=4."},
+    )
+    revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the Python files that come with a checkpoint; read them first."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which images to train on."""
+
+    dataset: str = field(
+        metadata={
+            "help": "digits (built in), a folder of images (one sub-folder a class, with or without train/val/test "
+            "above), a folder of parquet files, or a Hub data set."
+        }
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of images. Default: the only one."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of labels. Default: the only one."})
+    validation_fraction: float = field(
+        default=0.2, metadata={"help": "Stratified share of train to hold out where there is no validation split."}
+    )
+    split_seed: int = field(default=0, metadata={"help": "Seed of that split, apart from the training seed."})
+
+
+@dataclass
+class AugmentationArguments:
+    """What happens to a training image."""
+
+    min_crop: float | None = field(
+        default=None,
+        metadata={"help": "Random resized crop of at least this share of the area, e.g. 0.35. Default: no crop."},
+    )
+    horizontal_flip: float = field(default=0.0, metadata={"help": "Probability of mirroring left and right."})
+    rotation: float = field(default=0.0, metadata={"help": "Rotate by up to this many degrees."})
+    translation: float = field(default=0.0, metadata={"help": "Shift by up to this share of each side."})
+    zoom: float = field(default=0.0, metadata={"help": "Scale by up to this share, larger or smaller."})
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """The Trainer's own arguments, with defaults for fine-tuning a vision transformer."""
+
+    output_dir: str = field(default="runs/finetune", metadata={"help": "Where the model, card and figures go."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace a model that the output folder already holds."})
+    num_train_epochs: float = field(default=10, metadata={"help": "Passes over the training images."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Images in a step on each device."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "The same for evaluation."})
+    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Decoupled weight decay."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate's decay."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up, or their share if below 1."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
+    logging_steps: float = field(default=0.02, metadata={"help": "Steps between log lines, or their share if below 1."})
+    # Transforms make the model's inputs out of columns that the Trainer would drop.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave this as it is."})
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults behind every help text, examples as they were written."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=36, width=116)
+
+    def add_usage(self, usage, actions, groups, prefix=None):
+        super().add_usage(f"{self._prog} [--recipe NAME|FILE] [--FIELD VALUE ...]", [], [], prefix)
+
+
+class _Parser(HfArgumentParser):
+    """argparse without the page of usage that would bury the one line that matters."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message} (see --help)")
+
+
+def parse_arguments(
+    dataclasses: Sequence[type], argv: Sequence[str] | None, program: str, description: str, examples: str
+) -> tuple:
+    """One instance of each dataclass: defaults, then the recipe named by `--recipe`, then the command line.
+
+    Raises:
+        ValueError: for an unknown field or recipe, or a value of the wrong type.
+    """
+    parser = _Parser(
+        dataclasses,
+        prog=program,
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    fields_of_parser = {action.dest for action in parser._actions} - {"help"}
+    recipe_help = f"Fields from a YAML file, or by name: {', '.join(list_recipes())}."
+    parser.add_argument("--recipe", metavar="NAME|FILE", help=recipe_help)
+
+    recipe_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    recipe_parser.add_argument("--recipe")
+    named, rest = recipe_parser.parse_known_args(argv)
+    fields = read_recipe(named.recipe) if named.recipe else {}
+    unknown = sorted(fields.keys() - fields_of_parser)
+    if unknown:
+        raise ValueError(f"recipe {named.recipe!r} has an unknown field {unknown[0]!r} (see --help for all)")
+    parser.set_defaults(**fields)
+    for action in parser._actions:
+        action.required = action.required and action.dest not in fields
+    return parser.parse_args_into_dataclasses(rest, look_for_args_file=False)[: len(dataclasses)]
+
+
+def list_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def read_recipe(name: str) -> dict:
+    """Fields of a recipe, by the name of a shipped one or the path of a YAML file.
+
+    Raises:
+        ValueError: if there is no such recipe, or it is not a flat mapping.
+    """
+    path = RECIPES / f"{name}.yaml" if name in list_recipes() else Path(name)
+    if not path.is_file():
+        raise ValueError(f"there is no recipe {name!r}: give a YAML file or one of {', '.join(list_recipes())}")
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {name!r} is not YAML: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"recipe {name!r} must be a mapping of fields to values")
+    return fields
+
+
+@contextmanager
+def report_user_errors(program: str) -> Iterator[None]:
+    """Turn what is wrong with the user's input into one line on stderr and exit status 2.
+
+    Wrap what reads arguments, data and checkpoints; an error in training is not the user's and keeps its traceback.
+    """
+    try:
+        yield
+    except (ValueError, OSError, StrictDataclassError) as error:
+        message = " ".join(str(error).split())
+        print(f"{program}: error: {message}", file=sys.stderr)
+        raise SystemExit(2) from error

@@ -1,0 +1,203 @@
+"""Data sets of labelled images: where they come from, their splits and labels, and batches for the model."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Image
+from transformers import BaseImageProcessor
+
+from trainers.arguments import DataArguments
+
+
+IMAGE, LABEL = "image", "label"
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+HUB_ID_SHAPE = "a Hub data set such as user/name"
+
+
+def load_splits(arguments: DataArguments) -> DatasetDict:
+    """Splits `train`, `validation` and perhaps `test`, each with a column `image` and a `ClassLabel` column `label`.
+
+    Where there is no validation split, a stratified share of train is held out.
+
+    Raises:
+        ValueError: naming what is wrong with the data set: no images, one class only, labels that are no classes.
+    """
+    splits = _load(arguments)
+    if TRAIN not in splits:
+        if len(splits) > 1:
+            raise ValueError(f"data set {arguments.dataset!r} has splits {', '.join(splits)} but no {TRAIN!r}")
+        splits = DatasetDict({TRAIN: next(iter(splits.values()))})
+    for name in VALIDATION_NAMES:
+        if name in splits and name != VALIDATION:
+            splits[VALIDATION] = splits.pop(name)
+    splits = DatasetDict({name: splits[name] for name in (TRAIN, VALIDATION, TEST) if name in splits})
+    splits = _name_columns(splits, arguments)
+    splits = _make_class_labels(splits, arguments.dataset)
+    _check_labels(splits, arguments.dataset)
+    if VALIDATION in splits:
+        return splits
+    return _hold_out(splits, arguments)
+
+
+def label_names(splits: DatasetDict) -> list[str]:
+    """Class names in the order of the class indices."""
+    return list(splits[TRAIN].features[LABEL].names)
+
+
+def with_transform(dataset: Dataset, transform: Callable) -> Dataset:
+    """Decode images when they are asked for: rows become `pixel_values` (C, H, W) and `labels`."""
+
+    def make_batch(batch: dict) -> dict:
+        images = [image.convert("RGB") for image in batch[IMAGE]]
+        return {"pixel_values": transform(images), "labels": batch[LABEL]}
+
+    return dataset.with_transform(make_batch)
+
+
+def processor_transform(processor: BaseImageProcessor) -> Callable:
+    """What the published image processor does, so that evaluation sees what a pipeline will see."""
+    return lambda images: processor(images, return_tensors="pt")["pixel_values"]
+
+
+def load_digits() -> DatasetDict:
+    """scikit-learn's 1,797 scans of handwritten digits, 8x8 pixels, in one split."""
+    from sklearn.datasets import load_digits as load_scans
+
+    scans = load_scans()
+    pixels = np.round(scans.images * (255 / 16)).astype(np.uint8)
+    features = datasets.Features({IMAGE: Image(), LABEL: ClassLabel(names=[str(name) for name in scans.target_names])})
+    rows = {IMAGE: [_to_pil(scan) for scan in pixels], LABEL: scans.target.tolist()}
+    return DatasetDict({TRAIN: Dataset.from_dict(rows, features=features)})
+
+
+def _to_pil(pixels: np.ndarray):
+    from PIL import Image as PILImage
+
+    return PILImage.fromarray(pixels)
+
+
+def _load(arguments: DataArguments) -> DatasetDict:
+    name = arguments.dataset
+    if name == "digits":
+        return load_digits()
+    folder = Path(name)
+    if folder.is_dir():
+        loaded = _load_folder(folder)
+    elif folder.exists():
+        raise ValueError(f"dataset {name!r} is a file: give its folder")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"there is no folder {name!r}: give 'digits', a folder of images or {HUB_ID_SHAPE}")
+    else:
+        try:
+            loaded = datasets.load_dataset(name, arguments.dataset_config)
+        except Exception as error:
+            # The Hub client and builders fail in many ways; each means that this name leads to no data.
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"cannot load data set {name!r}: give 'digits', a folder of images or {HUB_ID_SHAPE} ({reason})"
+            ) from error
+    return loaded
+
+
+def _load_folder(folder: Path) -> DatasetDict:
+    has_shards = any(folder.rglob("*.parquet"))
+    try:
+        if has_shards:
+            return datasets.load_dataset(str(folder))
+        return datasets.load_dataset("imagefolder", data_dir=str(folder), drop_labels=False)
+    except Exception as error:
+        # An empty or foreign folder fails in the builder in several ways.
+        raise ValueError(
+            f"folder {str(folder)!r} holds no images that can be read: expected class/image.jpg, "
+            f"train/class/image.jpg or parquet files ({' '.join(str(error).split())})"
+        ) from error
+
+
+def _name_columns(splits: DatasetDict, arguments: DataArguments) -> DatasetDict:
+    features = splits[TRAIN].features
+    images = [name for name, feature in features.items() if isinstance(feature, Image)]
+    image = _choose_column("image", arguments.image_column, images, features)
+    labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    labels = labels or [name for name in ("label", "labels", "class", "target") if name in features]
+    label = _choose_column("label", arguments.label_column, labels, features)
+    splits = splits.select_columns([image, label])
+    renamed = {old: new for old, new in ((image, IMAGE), (label, LABEL)) if old != new}
+    return splits.rename_columns(renamed) if renamed else splits
+
+
+def _choose_column(kind: str, wanted: str | None, found: list[str], features) -> str:
+    if wanted is not None and wanted not in features:
+        raise ValueError(f"--{kind}_column {wanted!r} is no column of the data set: it has {', '.join(features)}")
+    if wanted is None and len(found) != 1:
+        count = "no" if not found else "several"
+        raise ValueError(f"the data set has {count} {kind} columns among {', '.join(features)}: pass --{kind}_column")
+    return wanted or found[0]
+
+
+def _make_class_labels(splits: DatasetDict, name: str) -> DatasetDict:
+    """Strings and integers become classes, numbered in the sorted order of all splits' values."""
+    feature = splits[TRAIN].features[LABEL]
+    if isinstance(feature, ClassLabel):
+        return splits
+    dtype = getattr(feature, "dtype", str(feature))
+    if not dtype.startswith(("int", "uint", "string", "large_string", "bool")):
+        raise ValueError(f"labels of {name!r} are of type {dtype}: classes must be integers or strings")
+    values = sorted({value for split in splits.values() for value in split.unique(LABEL) if value is not None})
+    classes = ClassLabel(names=[str(value) for value in values])
+    index = {value: position for position, value in enumerate(values)}
+    return DatasetDict(
+        {
+            key: split.map(
+                lambda row: {LABEL: index.get(row[LABEL], -1)}, input_columns=None, features=None, desc="Labels"
+            ).cast_column(LABEL, classes)
+            for key, split in splits.items()
+        }
+    )
+
+
+def _check_labels(splits: DatasetDict, name: str) -> None:
+    names = splits[TRAIN].features[LABEL].names
+    for key, split in splits.items():
+        if not len(split):
+            raise ValueError(f"split {key!r} of {name!r} holds no images")
+        labels = np.array([-1 if label is None else label for label in split[LABEL]])
+        outside = labels[(labels < 0) | (labels >= len(names))]
+        if outside.size:
+            raise ValueError(
+                f"split {key!r} of {name!r} has label {outside[0]}, outside 0..{len(names) - 1} "
+                f"({outside.size} of {len(labels)} images)"
+            )
+        if split.features[LABEL].names != names:
+            raise ValueError(f"split {key!r} of {name!r} has other classes than {TRAIN!r}")
+    present = set(splits[TRAIN][LABEL])
+    if len(present) < 2:
+        only = f"only the class {names[next(iter(present))]!r}"
+        raise ValueError(f"{name!r} has {only} to train on: a classifier needs at least two, one sub-folder for each")
+
+
+def _hold_out(splits: DatasetDict, arguments: DataArguments) -> DatasetDict:
+    fraction = arguments.validation_fraction
+    if not 0 < fraction < 1:
+        raise ValueError(f"validation_fraction={fraction} must lie between 0 and 1")
+    train = splits[TRAIN]
+    counts = np.bincount(train[LABEL], minlength=len(train.features[LABEL].names))
+    rare = [name for name, count in zip(train.features[LABEL].names, counts) if count == 1]
+    if rare:
+        raise ValueError(
+            f"class {rare[0]!r} of {arguments.dataset!r} has a single image: "
+            "a stratified validation split needs two of every class"
+        )
+    try:
+        held_out = train.train_test_split(fraction, stratify_by_column=LABEL, seed=arguments.split_seed)
+    except ValueError as error:
+        raise ValueError(
+            f"{len(train)} images are too few to hold out a share of {fraction} of each class ({error})"
+        ) from error
+    return DatasetDict({TRAIN: held_out["train"], VALIDATION: held_out["test"], **_without(splits, TRAIN)})
+
+
+def _without(splits: DatasetDict, name: str) -> dict:
+    return {key: split for key, split in splits.items() if key != name}
