@@ -28,6 +28,13 @@ test: lint  ## Lint and run the fast tests
 test-all: lint  ## Run all tests
 	$(BIN)/python -m pytest
 
+test-oldest:  ## Run the tests with the oldest versions that pyproject.toml allows, in .venv-oldest
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	grep -oE '"[A-Za-z-]+>=[0-9.]+"' pyproject.toml | tr -d '"' | grep -v setuptools | sed 's/>=/==/' > .venv-oldest/bounds.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-oldest/bounds.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	.venv-oldest/bin/python -m pytest -m 'not slow'
+
 lint: $(VENV)/installed-dev  ## Check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -180,7 +180,7 @@ def _describe_model(run: TrainingRun) -> str:
         facts.append(f"{millions:.1f} M parameters" if millions >= 1 else f"{millions:.3f} M parameters")
     if run.image_size is not None:
         height, width = (run.image_size, run.image_size) if isinstance(run.image_size, int) else run.image_size
-        facts.append(f"images of {height} × {width} pixels")
+        facts.append(f"images of {height} x {width} pixels")
     if run.label_names:
         facts.append("1 class" if len(run.label_names) == 1 else f"{len(run.label_names):,} classes")
     if run.from_scratch:

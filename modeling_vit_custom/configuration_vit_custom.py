@@ -376,11 +376,13 @@ def _check_stage(stage: StageConfig, where: str):
     _check_choice("position_embedding_type", stage.position_embedding_type, POSITION_EMBEDDING_TYPES)
     if stage.hidden_size % stage.num_attention_heads:
         raise ValueError(
-            f"hidden_size={stage.hidden_size} is not a multiple of num_attention_heads={stage.num_attention_heads}{where}"
+            f"hidden_size={stage.hidden_size} is not a multiple of "
+            f"num_attention_heads={stage.num_attention_heads}{where}"
         )
     if stage.position_embedding_type == "sincos2d" and stage.hidden_size % 4:
         raise ValueError(
-            f"position_embedding_type='sincos2d' needs a width that 4 divides, not hidden_size={stage.hidden_size}{where}"
+            f"position_embedding_type='sincos2d' needs a width that 4 divides, "
+            f"not hidden_size={stage.hidden_size}{where}"
         )
     if stage.window_size and stage.sr_ratio > 1:
         raise ValueError(

@@ -340,7 +340,8 @@ class WindowAttention(Attention):
     """Attention inside (shifted) windows with a relative position bias: (B, N, D) -> (B, N, D).
 
     Swin, https://arxiv.org/abs/2103.14030, section 3.2. A grid that the windows do not fill is padded and the padding
-    masked out; a side that a single window covers is not shifted. Weights, if asked for: (B * windows, A, M * M, M * M).
+    masked out; a side that a single window covers is not shifted.
+    Weights, if asked for, are (B * windows, A, M * M, M * M).
     """
 
     def __init__(self, config: ViTCustomConfig, stage: StageConfig, shifted: bool):
@@ -630,7 +631,8 @@ class ViTCustomPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """Truncated normal as in DeiT's, PVT's and Swin's code; convolutions by their fan-in as in ViT's."""
+        """Truncated normal for weights, positions and tokens, zero biases (DeiT, https://arxiv.org/abs/2012.12877,
+        section 5.3). Also for the patch embedding: by its fan-in, small patches would drown their positions."""
         std = self.config.initializer_range
         if isinstance(module, ClassificationHead):
             head_std = std if self.config.head_initializer_range is None else self.config.head_initializer_range
@@ -640,8 +642,7 @@ class ViTCustomPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.weight)
             init.constant_(module.bias, self.config.head_bias_init)
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
-            fan_in = module.weight[0].numel()
-            init.trunc_normal_(module.weight, std=fan_in**-0.5 if isinstance(module, nn.Conv2d) else std)
+            init.trunc_normal_(module.weight, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
@@ -817,13 +818,6 @@ class ViTCustomForPreTrainingOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-def infer_problem_type(labels: Tensor, config: ViTCustomConfig) -> str:
-    """The configured problem type, or what the labels' dtype and the number of labels say; the config stays as it is."""
-    if config.problem_type is not None:
-        return config.problem_type
-    return "regression" if config.num_labels == 1 else "single_label_classification"
-
-
 def classification_loss(
     logits: Tensor, labels: Tensor, config: ViTCustomConfig, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
@@ -835,7 +829,7 @@ def classification_loss(
     Raises:
         ValueError: if labels do not fit the logits or lie outside the range.
     """
-    problem_type = infer_problem_type(labels, config)
+    problem_type = config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
     logits = logits.float()
     if problem_type == "regression":
         _check_labels(labels.shape in {logits.shape, logits.squeeze(-1).shape}, labels, logits, "one value an output")

@@ -61,7 +61,7 @@ FULL_RUN = TrainingRun(
     command="python -m trainers.finetune \\\n  --recipe flowers",
     seed=0,
     versions={"torch": "2.8.0", "transformers": "5.17.0"},
-    hardware="1 × NVIDIA A100",
+    hardware="1 x NVIDIA A100",
     wall_time=3723.4,
 )
 MINIMAL_RUN = TrainingRun(name="checkpoint-3")
@@ -147,7 +147,7 @@ def test_no_result_is_indexed_without_a_dataset():
 def test_full_card_states_every_fact(tmp_path):
     text = write_card(tmp_path, FULL_RUN).read_text(encoding="utf-8")
     summary = next(line for line in text.splitlines() if line.startswith("A Vision Transformer"))
-    assert "preset deit\\_tiny, 5.5 M parameters, images of 224 × 224 pixels, 3 classes, fine-tuned from" in summary
+    assert "preset deit\\_tiny, 5.5 M parameters, images of 224 x 224 pixels, 3 classes, fine-tuned from" in summary
     assert "(https://huggingface.co/facebook/deit-tiny-patch16-224)" in summary
     assert "Measured on the test split (30 images) of [someone/flowers]" in text
     assert read_table(text, "| Metric |") == [["Accuracy", "80.00%"], ["Top-5 accuracy", "100.00%"], ["Loss", "0.5123"]]
@@ -155,7 +155,7 @@ def test_full_card_states_every_fact(tmp_path):
     assert "```bash\npython -m trainers.finetune \\\n  --recipe flowers\n```" in text
     assert read_table(text, "| Fact |") == [
         ["Seed", "0"],
-        ["Hardware", "1 × NVIDIA A100"],
+        ["Hardware", "1 x NVIDIA A100"],
         ["Wall time", "1 h 02 min"],
         ["torch", "2.8.0"],
         ["transformers", "5.17.0"],
@@ -182,7 +182,7 @@ def test_unknown_facts_are_absent(tmp_path):
     [
         ({"from_scratch": True}, "classifies images, trained from scratch."),
         ({"base_model": "/runs/pretrained"}, "classifies images, fine-tuned from the local checkpoint pretrained."),
-        ({"image_size": (192, 256)}, "classifies images, images of 192 × 256 pixels."),
+        ({"image_size": (192, 256)}, "classifies images, images of 192 x 256 pixels."),
         ({"num_parameters": 24_610}, "classifies images, 0.025 M parameters."),
         ({"wall_time": 61.0}, "| Wall time | 1 min 01 s |"),
         ({"wall_time": 59.4}, "| Wall time | 59 s |"),
@@ -205,7 +205,7 @@ def test_the_template_asks_for_nothing_that_is_not_given(run, monkeypatch):
 
 
 def test_impossible_facts_are_refused():
-    with pytest.raises(ValueError, match="accuracy is a fraction between 0 and 1, got 91.2"):
+    with pytest.raises(ValueError, match=r"accuracy is a fraction between 0 and 1, got 91\.2"):
         TrainingRun(name="out", results={"accuracy": 91.2})
     with pytest.raises(ValueError, match="accuracy is a fraction between 0 and 1, got nan"):
         TrainingRun(name="out", results={"accuracy": float("nan")})

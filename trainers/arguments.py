@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import transformers
 import yaml
 from huggingface_hub.errors import StrictDataclassError
@@ -87,6 +88,9 @@ class TrainingArguments(transformers.TrainingArguments):
     save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
     logging_steps: float = field(default=0.02, metadata={"help": "Steps between log lines, or their share if below 1."})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "Page-locked batches, for copies to a GPU."}
+    )
     # Transforms make the model's inputs out of columns that the Trainer would drop.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave this as it is."})
 
@@ -138,7 +142,10 @@ def parse_arguments(
     parser.set_defaults(**fields)
     for action in parser._actions:
         action.required = action.required and action.dest not in fields
-    return parser.parse_args_into_dataclasses(rest, look_for_args_file=False)[: len(dataclasses)]
+    *parsed, unused = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True, look_for_args_file=False)
+    if unused:
+        raise ValueError(f"unknown argument {unused[0]!r} (see --help for all)")
+    return tuple(parsed[: len(dataclasses)])
 
 
 def list_recipes() -> list[str]:

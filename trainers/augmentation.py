@@ -19,6 +19,8 @@ def train_transform(
     for name in ("horizontal_flip", "translation", "zoom"):
         if not 0 <= getattr(arguments, name) <= 1:
             raise ValueError(f"{name}={getattr(arguments, name)} must lie between 0 and 1")
+    if not 0 <= arguments.rotation <= 180:
+        raise ValueError(f"rotation={arguments.rotation} must lie between 0 and 180 degrees")
     if arguments.min_crop is not None and not 0 < arguments.min_crop <= 1:
         raise ValueError(f"min_crop={arguments.min_crop} must lie between 0 and 1")
     if arguments.zoom == 1:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import sklearn.datasets
 from datasets import ClassLabel, Dataset, DatasetDict, Image
 from transformers import BaseImageProcessor
 
@@ -64,19 +65,11 @@ def processor_transform(processor: BaseImageProcessor) -> Callable:
 
 def load_digits() -> DatasetDict:
     """scikit-learn's 1,797 scans of handwritten digits, 8x8 pixels, in one split."""
-    from sklearn.datasets import load_digits as load_scans
-
-    scans = load_scans()
+    scans = sklearn.datasets.load_digits()
     pixels = np.round(scans.images * (255 / 16)).astype(np.uint8)
     features = datasets.Features({IMAGE: Image(), LABEL: ClassLabel(names=[str(name) for name in scans.target_names])})
-    rows = {IMAGE: [_to_pil(scan) for scan in pixels], LABEL: scans.target.tolist()}
+    rows = {IMAGE: list(pixels), LABEL: scans.target.tolist()}
     return DatasetDict({TRAIN: Dataset.from_dict(rows, features=features)})
-
-
-def _to_pil(pixels: np.ndarray):
-    from PIL import Image as PILImage
-
-    return PILImage.fromarray(pixels)
 
 
 def _load(arguments: DataArguments) -> DatasetDict:
@@ -145,17 +138,20 @@ def _make_class_labels(splits: DatasetDict, name: str) -> DatasetDict:
     dtype = getattr(feature, "dtype", str(feature))
     if not dtype.startswith(("int", "uint", "string", "large_string", "bool")):
         raise ValueError(f"labels of {name!r} are of type {dtype}: classes must be integers or strings")
-    values = sorted({value for split in splits.values() for value in split.unique(LABEL) if value is not None})
-    classes = ClassLabel(names=[str(value) for value in values])
+    # A negative number stands for a missing label, as in test splits that are published without theirs.
+    values = sorted({value for split in splits.values() for value in split.unique(LABEL) if not _is_missing(value)})
     index = {value: position for position, value in enumerate(values)}
-    return DatasetDict(
-        {
-            key: split.map(
-                lambda row: {LABEL: index.get(row[LABEL], -1)}, input_columns=None, features=None, desc="Labels"
-            ).cast_column(LABEL, classes)
-            for key, split in splits.items()
-        }
+    numbered = splits.map(
+        lambda value: {LABEL: -1 if _is_missing(value) else index[value]},
+        input_columns=LABEL,
+        features=datasets.Features({**splits[TRAIN].features, LABEL: datasets.Value("int64")}),
+        desc="Numbering classes",
     )
+    return numbered.cast_column(LABEL, ClassLabel(names=[str(value) for value in values]))
+
+
+def _is_missing(value: int | str | None) -> bool:
+    return value is None or (isinstance(value, int) and value < 0)
 
 
 def _check_labels(splits: DatasetDict, name: str) -> None:
@@ -196,8 +192,4 @@ def _hold_out(splits: DatasetDict, arguments: DataArguments) -> DatasetDict:
         raise ValueError(
             f"{len(train)} images are too few to hold out a share of {fraction} of each class ({error})"
         ) from error
-    return DatasetDict({TRAIN: held_out["train"], VALIDATION: held_out["test"], **_without(splits, TRAIN)})
-
-
-def _without(splits: DatasetDict, name: str) -> dict:
-    return {key: split for key, split in splits.items() if key != name}
+    return DatasetDict({**splits, TRAIN: held_out["train"], VALIDATION: held_out["test"]})

@@ -39,8 +39,17 @@ from trainers.arguments import (
     report_user_errors,
 )
 from trainers.augmentation import train_transform
-from trainers.data import IMAGE, LABEL, TEST, TRAIN, VALIDATION, label_names, load_splits, processor_transform
-from trainers.data import with_transform as with_image_transform
+from trainers.data import (
+    IMAGE,
+    LABEL,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    label_names,
+    load_splits,
+    processor_transform,
+    with_transform,
+)
 from trainers.metrics import compute_metrics, count_confusions
 
 
@@ -74,11 +83,9 @@ def main(argv: list[str] | None = None) -> None:
         size = (processor.size["height"], processor.size["width"])
         transform = train_transform(augmentation_args, size, processor.image_mean, processor.image_std)
 
-    train_dataset = with_image_transform(splits[TRAIN], transform)
+    train_dataset = with_transform(splits[TRAIN], transform)
     evaluated = {
-        name: with_image_transform(split, processor_transform(processor))
-        for name, split in splits.items()
-        if name != TRAIN
+        name: with_transform(split, processor_transform(processor)) for name, split in splits.items() if name != TRAIN
     }
     print(describe(model_args, model, splits, training_args))
     trainer = Trainer(
@@ -168,14 +175,17 @@ def make_model(arguments: ModelArguments, labels: list[str]) -> tuple[PreTrained
             f"user/name, or a preset ({', '.join(list_presets())})"
         )
     origin = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
-    config = AutoConfig.from_pretrained(arguments.model, **origin)
+    try:
+        config = AutoConfig.from_pretrained(arguments.model, **origin)
+        processor = AutoImageProcessor.from_pretrained(arguments.model, **origin)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot open the model {arguments.model!r}: {error}") from error
     unknown = sorted(key for key in overrides if not hasattr(config, key))
     if unknown:
         raise ValueError(f"--config_overrides: {arguments.model!r} has no field {unknown[0]!r}")
     model = AutoModelForImageClassification.from_pretrained(
         arguments.model, **origin, **names, **overrides, ignore_mismatched_sizes=True
     )
-    processor = AutoImageProcessor.from_pretrained(arguments.model, **origin)
     if arguments.image_size is not None:
         if not hasattr(model, "resize_image_size"):
             raise ValueError(f"--image_size: a {type(model).__name__} cannot be resized; leave it out")

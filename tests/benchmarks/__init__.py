@@ -1,0 +1,1 @@
+"""Comparisons with transformers and timm: the same weights, the same images, differences and times."""

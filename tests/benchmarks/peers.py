@@ -1,0 +1,187 @@
+"""Models of transformers and timm, with random weights, as peers of ours: how to build, fill, run and pair them."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import timm
+import torch
+import transformers
+from torch import Tensor, nn
+
+from modeling_vit_custom.convert import from_timm, from_transformers
+
+
+VERSIONS = {"transformers": transformers.__version__, "timm": timm.__version__}
+CONVERTERS = {"transformers": from_transformers, "timm": from_timm}
+
+Build = Callable[[int], nn.Module]
+
+
+def _vit(width: int, heads: int) -> Build:
+    def build(image_size: int) -> nn.Module:
+        config = transformers.ViTConfig(
+            image_size=image_size,
+            hidden_size=width,
+            num_attention_heads=heads,
+            intermediate_size=4 * width,
+            num_labels=1000,
+        )
+        return transformers.ViTForImageClassification(config)
+
+    return build
+
+
+def _deit_small_distilled(image_size: int) -> nn.Module:
+    config = transformers.DeiTConfig(
+        image_size=image_size, hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=1000
+    )
+    return transformers.DeiTForImageClassificationWithTeacher(config)
+
+
+def _pvt_tiny(image_size: int) -> nn.Module:
+    return transformers.PvtForImageClassification(transformers.PvtConfig(image_size=image_size))
+
+
+def _swin_tiny(image_size: int) -> nn.Module:
+    config = transformers.SwinConfig(image_size=image_size, drop_path_rate=0.0, num_labels=1000)
+    return transformers.SwinForImageClassification(config)
+
+
+def _vit_mae_base(image_size: int) -> nn.Module:
+    return transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(image_size=image_size))
+
+
+def _timm(name: str) -> Build:
+    return lambda image_size: timm.create_model(name, img_size=image_size, drop_path_rate=0.0)
+
+
+# Every architecture as each library builds it; timm has neither PVT v1 nor a masked autoencoder's decoder, and
+# transformers has no layer scale in its ViT. Nothing is random in training, so that all do the same work.
+ARCHITECTURES: dict[str, dict[str, Build]] = {
+    "ViT-S": {"transformers": _vit(384, 6), "timm": _timm("vit_small_patch16_224")},
+    "ViT-B": {"transformers": _vit(768, 12), "timm": _timm("vit_base_patch16_224")},
+    "DeiT-S distilled": {"transformers": _deit_small_distilled, "timm": _timm("deit_small_distilled_patch16_224")},
+    "DeiT III-S": {"timm": _timm("deit3_small_patch16_224")},
+    "PVT-T": {"transformers": _pvt_tiny},
+    "Swin-T": {"transformers": _swin_tiny, "timm": _timm("swin_tiny_patch4_window7_224")},
+    "ViTMAE-B": {"transformers": _vit_mae_base},
+}
+
+
+@dataclass
+class Pair:
+    """A peer and our conversion of it."""
+
+    architecture: str
+    library: str
+    peer: nn.Module
+    ours: nn.Module
+
+
+def build_pairs(architectures: list[str], image_size: int = 224, seed: int = 0) -> Iterator[Pair]:
+    """One pair for each library that has the architecture, on random weights, in evaluation mode."""
+    for architecture in architectures:
+        for library, build in ARCHITECTURES[architecture].items():
+            peer = randomise(build(image_size), seed)
+            yield Pair(architecture, library, peer, CONVERTERS[library](peer))
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter values of its own that matter for the output, so that a forgotten or swapped one shows.
+
+    An initialisation has norms of ones, biases, class tokens and position biases of zeros, and hides such mistakes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and name == "weight":
+                parameter.copy_(noise * parameter[0].numel() ** -0.5)
+            elif isinstance(module, nn.LayerNorm) and name == "weight":
+                parameter.copy_(1 + 0.2 * noise)
+            else:
+                parameter.copy_(0.2 * noise)
+            if name == "decoder_pos_embed":
+                parameter[:, 0] = 0  # the class token's, which is zero in every masked autoencoder
+    return model.eval()
+
+
+def make_images(batch_size: int, size: int | tuple[int, int], seed: int = 0, channels: int = 3) -> Tensor:
+    """Normal noise: (B, C, H, W)."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.randn(batch_size, channels, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def logits_of(model: nn.Module, images: Tensor, **kwargs) -> Tensor:
+    """Class scores (B, L), whatever wraps them."""
+    output = model(images, **kwargs)
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def set_attention(model: nn.Module, implementation: str) -> nn.Module:
+    """Make a model compute attention by `"eager"` or `"sdpa"`, where it has a choice: transformers' PVT has none."""
+    if isinstance(model, transformers.PreTrainedModel):
+        if implementation == "eager" or model._supports_sdpa:
+            model.set_attn_implementation(implementation)
+    else:
+        for module in _timm_attentions(model):
+            module.fused_attn = implementation == "sdpa"
+    return model
+
+
+def attention_of(model: nn.Module) -> str:
+    """The attention implementation that a model uses now."""
+    if isinstance(model, transformers.PreTrainedModel):
+        return model.config._attn_implementation
+    return "sdpa" if all(module.fused_attn for module in _timm_attentions(model)) else "eager"
+
+
+def _timm_attentions(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if hasattr(module, "fused_attn")]
+
+
+def max_difference(ours: Tensor, theirs: Tensor) -> float:
+    """Largest absolute difference; NaN where either has one."""
+    return (ours.detach().double() - theirs.detach().double()).abs().max().item()
+
+
+# Our names as timm has them, in order; the pattern of a stage's embedding must come before the first stage's.
+_TIMM_NAMES = [
+    (r"^model\.stages\.([1-9])\.embedding\.projection\.", r"layers.\1.downsample.reduction."),
+    (r"^model\.stages\.([1-9])\.embedding\.norm\.", r"layers.\1.downsample.norm."),
+    (r"^model\.stages\.0\.embedding\.projection\.", "patch_embed.proj."),
+    (r"^model\.stages\.0\.embedding\.norm\.", "patch_embed.norm."),
+    (r"^model\.stages\.0\.prefix_tokens\.class_token", "cls_token"),
+    (r"^model\.stages\.0\.prefix_tokens\.distillation_token", "dist_token"),
+    (r"^model\.stages\.0\.position_embedding\.weight", "pos_embed"),
+    (r"^model\.stages\.(\d)\.blocks\.", r"layers.\1.blocks."),
+    (r"^model\.norm\.", "norm."),
+    (r"^head\.classifier\.", "head."),
+    (r"^head\.distillation_classifier\.", "head_dist."),
+    (r"\.attention_norm\.", ".norm1."),
+    (r"\.attention\.projection\.", ".attn.proj."),
+    (r"\.attention\.", ".attn."),
+    (r"\.mlp_norm\.", ".norm2."),
+]
+
+
+@torch.no_grad()
+def load_into_timm(model: nn.Module, ours: nn.Module) -> nn.Module:
+    """Our weights in a timm ViT, distilled DeiT or Swin of the same size, the way back from `from_timm`."""
+    expected, state_dict = model.state_dict(), {}
+    for name, tensor in ours.state_dict().items():
+        for pattern, replacement in _TIMM_NAMES:
+            name = re.sub(pattern, replacement, name)
+        if not any(name.startswith("layers.") for name in expected):
+            name = name.replace("layers.0.blocks.", "blocks.")
+        elif name.startswith("head."):
+            name = name.replace("head.", "head.fc.")
+        if name == "pos_embed":
+            # Positions of prefix tokens are part of our tokens.
+            rows = expected[name].shape[1] - tensor.shape[1]
+            tensor = torch.cat([tensor.new_zeros(1, rows, tensor.shape[2]), tensor], dim=1)
+        state_dict[name] = tensor
+    model.load_state_dict(state_dict)
+    return model

@@ -1,0 +1,197 @@
+"""Data sets: where they come from, their splits and labels."""
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+from transformers import ViTImageProcessor
+
+from trainers.arguments import AugmentationArguments, DataArguments
+from trainers.augmentation import train_transform
+from trainers.data import label_names, load_splits, processor_transform, with_transform
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    datasets.disable_progress_bars()
+
+
+def save_images(folder: Path, count: int, mode: str = "RGB", size: tuple[int, int] = (20, 16)) -> None:
+    """`count` JPEG or PNG images of (width, height) `size` with random pixels."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(len(folder.name))
+    for index in range(count):
+        pixels = generator.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+        suffix = "png" if mode == "RGBA" else "jpg"
+        Image.fromarray(pixels).convert(mode).save(folder / f"{index}.{suffix}")
+
+
+def save_parquet(folder: Path, labels: list, feature: object) -> str:
+    folder.mkdir(exist_ok=True)
+    features = datasets.Features({"image": datasets.Image(), "label": feature})
+    rows = {"image": [np.full((8, 8, 3), index, dtype=np.uint8) for index in range(len(labels))], "label": labels}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
+    return str(folder)
+
+
+def test_digits_are_split_by_class_and_the_same_way_each_time():
+    splits = load_splits(DataArguments(dataset="digits"))
+    again = load_splits(DataArguments(dataset="digits"))
+    other = load_splits(DataArguments(dataset="digits", split_seed=1))
+    assert {name: len(split) for name, split in splits.items()} == {"train": 1437, "validation": 360}
+    held_out = splits["validation"]
+    assert held_out["label"][:] == again["validation"]["label"][:]
+    assert held_out["label"][:] != other["validation"]["label"][:]
+    assert np.bincount(held_out["label"]).min() >= 34
+    assert label_names(splits) == list("0123456789")
+    pixels = np.array(held_out[0]["image"])
+    assert pixels.shape == (8, 8)
+    assert pixels.max() == 255
+
+
+def test_no_image_is_in_two_splits():
+    splits = load_splits(DataArguments(dataset="digits"))
+    train, held_out = ({np.array(image).tobytes() for image in split["image"]} for split in splits.values())
+    scans = len({np.array(image).tobytes() for image in [*splits["train"]["image"], *splits["validation"]["image"]]})
+    assert len(train) + len(held_out) - len(train & held_out) == scans
+    assert len(train & held_out) <= 1797 - scans
+
+
+@pytest.mark.parametrize("validation", ["val", "validation", "valid", "dev"])
+def test_a_folder_keeps_its_own_splits(tmp_path, validation):
+    for split, count in {"train": 3, validation: 2, "test": 1}.items():
+        for name in ("cat", "dog"):
+            save_images(tmp_path / split / name, count)
+    splits = load_splits(DataArguments(dataset=str(tmp_path)))
+    assert {name: len(split) for name, split in splits.items()} == {"train": 6, "validation": 4, "test": 2}
+    assert label_names(splits) == ["cat", "dog"]
+
+
+def test_a_folder_without_splits_is_held_out_by_class(tmp_path):
+    save_images(tmp_path / "cat", 30)
+    save_images(tmp_path / "dog", 10)
+    splits = load_splits(DataArguments(dataset=str(tmp_path)))
+    assert np.bincount(splits["validation"]["label"]).tolist() == [6, 2]
+
+
+def test_modes_and_sizes_become_rgb_batches(tmp_path):
+    save_images(tmp_path / "grey", 4, mode="L", size=(30, 12))
+    save_images(tmp_path / "transparent", 4, mode="RGBA", size=(9, 40))
+    save_images(tmp_path / "print", 4, mode="CMYK")
+    splits = load_splits(DataArguments(dataset=str(tmp_path), validation_fraction=0.5))
+    processor = ViTImageProcessor(size={"height": 8, "width": 12})
+    batch = with_transform(splits["train"], processor_transform(processor))[:]
+    assert batch["pixel_values"].shape == (6, 3, 8, 12)
+    assert sorted(batch["labels"]) == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "names"),
+    [
+        ([3, 5] * 5, datasets.Value("int64"), ["3", "5"]),
+        (["b", "a"] * 5, datasets.Value("string"), ["a", "b"]),
+        ([0, 1] * 5, datasets.ClassLabel(names=["no", "yes"]), ["no", "yes"]),
+    ],
+)
+def test_labels_of_any_kind_become_classes(tmp_path, labels, feature, names):
+    splits = load_splits(DataArguments(dataset=save_parquet(tmp_path, labels, feature)))
+    assert label_names(splits) == names
+    # The images' pixels say which row was which.
+    for row in splits["train"]:
+        original = labels[np.array(row["image"])[0, 0, 0]]
+        assert names[row["label"]] == str({"no": 0, "yes": 1}.get(original, original)) or names[row["label"]] in (
+            "no",
+            "yes",
+        )
+
+
+def test_columns_can_be_named(tmp_path):
+    features = datasets.Features(
+        {"photo": datasets.Image(), "kind": datasets.Value("string"), "label": datasets.Value("int64")}
+    )
+    rows = {"photo": [np.zeros((4, 4, 3), np.uint8)] * 8, "kind": ["x", "y"] * 4, "label": [0] * 8}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    splits = load_splits(DataArguments(dataset=str(tmp_path), label_column="kind"))
+    assert label_names(splits) == ["x", "y"]
+    with pytest.raises(
+        ValueError, match="--label_column 'sort' is no column of the data set: it has photo, kind, label"
+    ):
+        load_splits(DataArguments(dataset=str(tmp_path), label_column="sort"))
+
+
+def test_what_cannot_be_trained_on_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "notes.txt").write_text("no image")
+    save_images(tmp_path / "one" / "cat", 3)
+    save_images(tmp_path / "rare" / "cat", 5)
+    save_images(tmp_path / "rare" / "dog", 1)
+    save_images(tmp_path / "file" / "cat", 1)
+    cases = {
+        "empty": "holds no images",
+        "text": "holds no images",
+        "one": "has only the class 'cat' to train on",
+        "rare": "class 'dog' of .* has a single image",
+        "file/cat/0.jpg": "is a file: give its folder",
+        "nowhere": "there is no folder .*nowhere'",
+    }
+    for name, message in cases.items():
+        with pytest.raises(ValueError, match=message) as raised:
+            load_splits(DataArguments(dataset=str(tmp_path / name)))
+        assert name in str(raised.value)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "message"),
+    [
+        ([0, 1, -1] * 4, datasets.Value("int64"), r"label -1, outside 0\.\.1 \(4 of 12 images\)"),
+        ([0.5] * 6, datasets.Value("float32"), "labels of .* are of type float32"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(tmp_path, labels, feature, message):
+    with pytest.raises(ValueError, match=message):
+        load_splits(DataArguments(dataset=save_parquet(tmp_path, labels, feature)))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1])
+def test_a_share_must_be_a_share(fraction):
+    with pytest.raises(ValueError, match=f"validation_fraction={fraction} must lie between 0 and 1"):
+        load_splits(DataArguments(dataset="digits", validation_fraction=fraction))
+
+
+def test_training_transform_without_changes_is_resize_and_normalise():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8))
+    transform = train_transform(AugmentationArguments(), (8, 8), [0.5] * 3, [0.5] * 3)
+    expected = v2.functional.pil_to_tensor(image).float() / 255 * 2 - 1
+    torch.testing.assert_close(transform([image, image]), torch.stack([expected, expected]))
+
+
+def test_training_transform_gives_every_image_its_own_parameters():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
+    options = {"rotation": 20, "translation": 0.2, "zoom": 0.2}
+    for arguments in (AugmentationArguments(**options), AugmentationArguments(min_crop=0.3)):
+        batch = train_transform(arguments, (16, 16), [0.5] * 3, [0.5] * 3)([image] * 4)
+        assert batch.shape == (4, 3, 16, 16)
+        assert all((batch[0] != other).any() for other in batch[1:])
+    flipped = train_transform(AugmentationArguments(horizontal_flip=1.0), (16, 16), [0.5] * 3, [0.5] * 3)([image])
+    plain = train_transform(AugmentationArguments(), (16, 16), [0.5] * 3, [0.5] * 3)([image])
+    torch.testing.assert_close(flipped.flip(3), plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"horizontal_flip": 1.5}, r"horizontal_flip=1\.5 must lie"),
+        ({"translation": -1}, "translation=-1 must lie"),
+        ({"min_crop": 0.0}, r"min_crop=0\.0 must lie"),
+        ({"zoom": 1.0}, "zoom"),
+    ],
+)
+def test_impossible_augmentation_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        train_transform(AugmentationArguments(**options), (8, 8), [0.5] * 3, [0.5] * 3)

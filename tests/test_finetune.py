@@ -1,0 +1,238 @@
+"""The training script: what it leaves behind, what it refuses, and how recipes and flags combine."""
+
+import json
+import os
+import subprocess
+import sys
+
+import datasets
+import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import (
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    pipeline,
+)
+
+from modeling_vit_custom import ViTCustomForImageClassification, preset_config
+from trainers.arguments import (
+    AugmentationArguments,
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    list_recipes,
+    parse_arguments,
+    read_recipe,
+)
+from trainers.data import load_splits
+from trainers.finetune import main as finetune
+from trainers.finetune import make_model, parse_overrides
+
+
+SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "8", "--disable_tqdm", "true", "--report_to", "none"]
+FILES = {
+    "README.md",
+    "all_results.json",
+    "config.json",
+    "configuration_vit_custom.py",
+    "confusion_matrix.png",
+    "model.safetensors",
+    "modeling_vit_custom.py",
+    "preprocessor_config.json",
+    "training_curves.png",
+    "trainer_state.json",
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A folder that two steps on the digits left."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    finetune(["--recipe", "quickstart", "--output_dir", str(folder), "--logging_steps", "1", *SHORT])
+    return folder
+
+
+def parse(argv):
+    dataclasses = [ModelArguments, DataArguments, AugmentationArguments, TrainingArguments]
+    return parse_arguments(dataclasses, argv, "finetune", "", "")
+
+
+def error_of(capsys, argv) -> str:
+    """What the command prints for a user's mistake; it must be one line and exit with 2."""
+    with pytest.raises(SystemExit) as exit_status:
+        finetune(argv)
+    assert exit_status.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_a_run_leaves_a_complete_folder(checkpoint):
+    assert {path.name for path in checkpoint.iterdir()} >= FILES
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForImageClassification"].endswith("ViTCustomForImageClassification")
+    assert list(config["label2id"]) == list("0123456789")
+    results = json.loads((checkpoint / "all_results.json").read_text())
+    assert 0 <= results["validation_accuracy"] <= 1
+    with Image.open(checkpoint / "training_curves.png") as curves:
+        assert min(curves.size) > 300
+
+
+def test_the_card_tells_what_was_measured(checkpoint):
+    card = ModelCard.load(checkpoint / "README.md")
+    results = json.loads((checkpoint / "all_results.json").read_text())
+    reported = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert reported["accuracy"] == pytest.approx(results["validation_accuracy"], abs=1e-4)
+    assert "--recipe quickstart" in card.text
+    assert "vit_nano_patch2_8".replace("_", "\\_") in card.text
+
+
+def test_the_pipeline_scores_what_the_run_scored(checkpoint):
+    held_out = load_splits(DataArguments(dataset="digits"))["validation"]
+    classifier = pipeline("image-classification", model=str(checkpoint), device="cpu")
+    images = [image.convert("RGB") for image in held_out["image"]]
+    best = [scores[0]["label"] for scores in classifier(images, top_k=1, batch_size=60)]
+    accuracy = sum(label == str(truth) for label, truth in zip(best, held_out["label"])) / len(best)
+    results = json.loads((checkpoint / "all_results.json").read_text())
+    assert accuracy == pytest.approx(results["validation_accuracy"])
+
+
+def test_a_checkpoint_is_fine_tuned_on_other_classes_and_sizes(checkpoint, tmp_path, capsys):
+    for name, colour in {"red": (255, 0, 0), "blue": (0, 0, 255), "green": (0, 255, 0)}.items():
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(6):
+            Image.new("RGB", (20 + index, 12), colour).save(tmp_path / "images" / name / f"{index}.png")
+    output_dir = tmp_path / "colours"
+    argv = ["--dataset", str(tmp_path / "images"), "--model", str(checkpoint), "--output_dir", str(output_dir)]
+    finetune([*argv, "--image_size", "16", "--horizontal_flip", "0.5", "--min_crop", "0.5", *SHORT])
+    model = AutoModelForImageClassification.from_pretrained(output_dir)
+    assert model.config.id2label == {0: "blue", 1: "green", 2: "red"}
+    assert model.config.image_size == 16
+    assert model.model.stages[0].position_embedding.weight.shape[1] == 64
+    assert json.loads((output_dir / "preprocessor_config.json").read_text())["size"] == {"height": 16, "width": 16}
+    printed = capsys.readouterr().out
+    assert "3 held-out images through pipeline" in printed
+    assert printed.count("classified as") == 3
+
+
+def test_resampled_positions_not_random_ones(checkpoint):
+    small, _ = make_model(ModelArguments(model=str(checkpoint)), list("0123456789"))
+    large, _ = make_model(ModelArguments(model=str(checkpoint), image_size=16), list("0123456789"))
+    before, after = (model.model.stages[0].position_embedding for model in (small, large))
+    assert (before.interpolate((8, 8)) == after.weight).all()
+
+
+def test_a_full_output_folder_is_not_replaced(checkpoint, capsys):
+    before = (checkpoint / "model.safetensors").read_bytes()
+    argv = ["--dataset", "digits", "--model", "vit_nano_patch2_8", "--output_dir", str(checkpoint)]
+    assert "already holds a model: pass --overwrite" in error_of(capsys, argv)
+    assert (checkpoint / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "required: --model, --dataset"),
+        (["--dataset", "digits", "--model", "vit_nano"], "there is no model 'vit_nano'"),
+        (["--dataset", "digits", "--model", "."], "cannot open the model '.'"),
+        (["--dataset", "no_such_folder/x/y", "--model", "vit_nano_patch2_8"], "there is no folder"),
+        (["--recipe", "no_such"], "there is no recipe 'no_such'"),
+        (["--recipe", "quickstart", "--epochs", "3"], "unknown argument '--epochs'"),
+        (["--recipe", "quickstart", "--learning_rate", "fast"], "invalid float value: 'fast'"),
+        (["--recipe", "quickstart", "--config_overrides", "num_attention_heads=5"], "hidden_size=96 is not a multiple"),
+        (["--recipe", "quickstart", "--config_overrides", "hidden_size=wide"], "hidden_size"),
+        (["--recipe", "quickstart", "--config_overrides", "heads=3"], "unknown field 'heads'"),
+        (["--recipe", "quickstart", "--config_overrides", "pooling"], "'pooling' must be FIELD=VALUE"),
+        (["--recipe", "quickstart", "--image_size", "0"], "image_size=0 must be at least 1"),
+        (["--recipe", "quickstart", "--rotation", "-5"], "rotation=-5.0"),
+    ],
+)
+def test_mistakes_get_one_line_and_leave_nothing(argv, message, capsys, tmp_path):
+    output_dir = tmp_path / "out"
+    assert message in error_of(capsys, [*argv, "--output_dir", str(output_dir)])
+    assert not output_dir.exists()
+
+
+def test_a_mistake_ends_the_process_with_2_and_no_traceback(tmp_path):
+    (tmp_path / "empty").mkdir()
+    command = [sys.executable, "-m", "trainers.finetune", "--dataset", "empty", "--model", "vit_nano_patch2_8"]
+    ended = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.strip().splitlines()[-1].startswith("finetune: error: folder 'empty' holds no images")
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_a_recipe_lies_between_defaults_and_flags(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("dataset: digits\nmodel: vit_nano_patch2_8\nlearning_rate: 1e-3\nrotation: 5\n")
+    _, data, augmentation, training = parse(["--recipe", str(recipe), "--rotation", "7"])
+    assert data.dataset == "digits"
+    assert training.learning_rate == 1e-3
+    assert augmentation.rotation == 7
+    assert training.num_train_epochs == 10
+
+
+def test_an_unknown_recipe_field_is_named(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("learning_rte: 1.0e-3\n")
+    with pytest.raises(ValueError, match="has an unknown field 'learning_rte'"):
+        parse(["--recipe", str(recipe)])
+    recipe.write_text("- 1\n")
+    with pytest.raises(ValueError, match="must be a mapping"):
+        parse(["--recipe", str(recipe)])
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_recipe_parses_to_what_it_says(name):
+    fields = read_recipe(name)
+    parsed = parse(["--recipe", name])
+    for field, value in fields.items():
+        (holder,) = [arguments for arguments in parsed if hasattr(arguments, field)]
+        found = getattr(holder, field)
+        assert getattr(found, "value", found) == value
+
+
+def test_help_shows_fields_and_examples(capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        finetune(["--help"])
+    assert exit_status.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--recipe quickstart" in printed
+    assert "--min_crop" in printed
+    assert len(printed.split("options:")[0].splitlines()) < 10
+
+
+def test_overrides_are_read_as_yaml():
+    overrides = parse_overrides(["drop_path_rate=0.1", "pooling=mean", "qk_norm=true", "depths=[1, 2]"])
+    assert overrides == {"drop_path_rate": 0.1, "pooling": "mean", "qk_norm": True, "depths": [1, 2]}
+    model, _ = make_model(ModelArguments(model="vit_nano_patch2_8", config_overrides=["pooling=mean"]), ["a", "b"])
+    assert model.config.pooling == "mean"
+    assert model.config.id2label == {0: "a", 1: "b"}
+
+
+def test_a_checkpoint_of_another_family_can_be_trained(tmp_path, capsys):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
+    argv = ["--dataset", "digits", "--model", str(tmp_path / "vit"), "--output_dir", str(tmp_path / "out")]
+    finetune([*argv, *SHORT])
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.num_labels == 10
+    assert "cannot be resized" in error_of(capsys, [*argv, "--overwrite", "--image_size", "16"])
+
+
+def test_weights_that_diverged_are_refused(tmp_path, capsys):
+    model = ViTCustomForImageClassification(preset_config("vit_nano_patch2_8"))
+    model.head.classifier.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "nan")
+    argv = ["--dataset", "digits", "--model", str(tmp_path / "nan"), "--output_dir", str(tmp_path / "out")]
+    assert "head.classifier.weight holds 1 values that are not finite" in error_of(capsys, argv)
