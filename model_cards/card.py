@@ -23,7 +23,7 @@ TRAINING_CURVES = "training_curves.png"
 CONFUSION_MATRIX = "confusion_matrix.png"
 FIGURE_DPI = 150
 MAX_WORST_CLASSES = 5
-METRIC_TITLES = {"accuracy": "Accuracy", "top5_accuracy": "Top-5 accuracy", "loss": "Loss"}
+METRIC_TITLES = {"accuracy": "Accuracy", "top5_accuracy": "Top-5 accuracy", "macro_f1": "Macro F1", "loss": "Loss"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,6 +41,7 @@ class TrainingRun:
     from_scratch: bool = False  # False and no base_model: the card does not say where the weights started
 
     dataset: str | None = None  # a Hub id, "imagefolder", or a local folder
+    dataset_title: str | None = None  # what to call a data set that is neither on the Hub nor in a folder
     split_sizes: Mapping[str, int] | None = None
 
     evaluation_split: str | None = None  # the split of `results` and `confusion_matrix`
@@ -97,7 +98,7 @@ def render_card(run: TrainingRun, figures: Collection[str] = ()) -> ModelCard:
         figures=figures,
         # A JSON string is a Python string, whatever quotes a folder's name holds.
         quoted_name=json.dumps(run.name, ensure_ascii=False),
-        data_source=None if run.dataset is None else _describe_dataset(run.dataset),
+        data_source=_describe_dataset(run),
         split_sizes=[(escape_markdown(name), f"{size:,}") for name, size in (run.split_sizes or {}).items()],
         command=None if run.command is None else _fence(run.command, "bash"),
         training_facts=_list_training_facts(run),
@@ -119,16 +120,15 @@ def build_metadata(run: TrainingRun) -> ModelCardData:
         base_model=run.base_model if run.base_model is not None and is_hub_id(run.base_model) else None,
     )
     # A result in the model index needs a dataset. One that is not on the Hub gets a type that is no Hub id.
-    if accuracy is not None and run.dataset is not None:
+    if accuracy is not None and _describe_dataset(run) is not None:
+        on_hub = run.dataset is not None and is_hub_id(run.dataset)
         metadata.model_name = run.name.rsplit("/", 1)[-1]
         metadata.eval_results = [
             EvalResult(
                 task_type="image-classification",
                 task_name="Image Classification",
-                dataset_type=run.dataset if is_hub_id(run.dataset) else "local",
-                dataset_name=run.dataset
-                if is_hub_id(run.dataset)
-                else _name_local_folder(run.dataset) or "local folder",
+                dataset_type=run.dataset if on_hub else "local",
+                dataset_name=run.dataset if on_hub else _name_dataset(run) or "local folder",
                 dataset_split=run.evaluation_split,
                 metric_type="accuracy",
                 metric_name="Accuracy",
@@ -199,18 +199,27 @@ def _describe_evaluation(run: TrainingRun) -> str:
         words += f" the {escape_markdown(run.evaluation_split)} split"
         if run.split_sizes is not None and run.evaluation_split in run.split_sizes:
             words += f" ({run.split_sizes[run.evaluation_split]:,} images)"
-        if run.dataset is not None:
+        if _describe_dataset(run) is not None:
             words += " of"
-    if run.dataset is not None:
-        words += f" {_describe_dataset(run.dataset)}"
+    if _describe_dataset(run) is not None:
+        words += f" {_describe_dataset(run)}"
     return "The split is not recorded." if words == "Measured on" else f"{words}."
 
 
-def _describe_dataset(dataset: str) -> str:
-    if is_hub_id(dataset):
-        return f"[{escape_markdown(dataset)}](https://huggingface.co/datasets/{dataset})"
-    folder = _name_local_folder(dataset)
-    return f"the local folder {escape_markdown(folder)}" if folder else "a local folder"
+def _describe_dataset(run: TrainingRun) -> str | None:
+    if run.dataset is not None and is_hub_id(run.dataset):
+        return f"[{escape_markdown(run.dataset)}](https://huggingface.co/datasets/{run.dataset})"
+    name = escape_markdown(_name_dataset(run))
+    if run.dataset_title is not None or run.dataset is None:
+        return name or None
+    return f"the local folder {name}" if name else "a local folder"
+
+
+def _name_dataset(run: TrainingRun) -> str:
+    """Returns the name of a data set that is not on the Hub, or nothing."""
+    if run.dataset_title is not None:
+        return run.dataset_title
+    return "" if run.dataset is None else _name_local_folder(run.dataset)
 
 
 def _name_local_folder(path: str) -> str:

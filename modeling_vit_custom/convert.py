@@ -19,9 +19,10 @@ from .modeling_vit_custom import (
 )
 
 
-# (pattern, replacement) pairs; the first pattern that a whole name matches renames it. `!q`, `!k` and `!v` mark the
-# parts of a fused product, `!position` a table of positions that may begin with rows of prefix tokens.
-Rules = list[tuple[str, str]]
+# The first pattern that a whole name matches renames it; a third entry holds the rules for its group `rest`.
+# In a new name, `2+1` stands for 3, `!q`, `!k` and `!v` mark the parts of a fused product, and `!position` marks a
+# table of positions that may begin with rows of prefix tokens.
+Rules = list[tuple]
 
 _TRANSFORMERS_BLOCK: Rules = [
     (r"attention\.([qkv])_proj\.(\w+)", r"attention.qkv.\2!\1"),
@@ -46,18 +47,6 @@ _TIMM_BLOCK: Rules = [
 ]
 
 
-def _in_blocks(source: str, target: str, rules: Rules) -> Rules:
-    """Rules of a block for all blocks; `source` and `target` use the named groups `stage` and `block`."""
-    shifted = [(pattern, re.sub(r"\\(\d)", r"\\g<tail\1>", replacement)) for pattern, replacement in rules]
-    return [(source + _name_groups(pattern), target + replacement) for pattern, replacement in shifted]
-
-
-def _name_groups(pattern: str) -> str:
-    """Name the groups of a pattern `tail1`, `tail2`... so that it can follow another pattern."""
-    count = iter(range(1, 10))
-    return re.sub(r"\((?!\?)", lambda _: f"(?P<tail{next(count)}>", pattern)
-
-
 _TRANSFORMERS_HEADS: Rules = [
     (r"(?:cls_)?classifier\.(\w+)", r"head.classifier.\1"),
     (r"distillation_classifier\.(\w+)", r"head.distillation_classifier.\1"),
@@ -68,12 +57,12 @@ _TRANSFORMERS_VIT: Rules = [
     (r"embeddings\.distillation_token", "model.stages.0.prefix_tokens.distillation_token"),
     (r"embeddings\.position_embeddings", "model.stages.0.position_embedding.weight!position"),
     (r"embeddings\.patch_embeddings\.projection\.(\w+)", r"model.stages.0.embedding.projection.\1"),
-    *_in_blocks(r"layers\.(?P<block>\d+)\.", r"model.stages.0.blocks.\g<block>.", _TRANSFORMERS_BLOCK),
+    (r"layers\.(\d+)\.(?P<rest>.+)", r"model.stages.0.blocks.\1.", _TRANSFORMERS_BLOCK),
     (r"layernorm\.(\w+)", r"model.norm.\1"),
     (r"decoder\.decoder_embed\.(\w+)", r"decoder.embedding.\1"),
     (r"decoder\.mask_token", "decoder.mask_token.weight"),
     (r"decoder\.decoder_pos_embed", "decoder.position_embedding.weight!position"),
-    *_in_blocks(r"decoder\.decoder_layers\.(?P<block>\d+)\.", r"decoder.blocks.\g<block>.", _TRANSFORMERS_BLOCK),
+    (r"decoder\.decoder_layers\.(\d+)\.(?P<rest>.+)", r"decoder.blocks.\1.", _TRANSFORMERS_BLOCK),
     (r"decoder\.decoder_norm\.(\w+)", r"decoder.norm.\1"),
     (r"decoder\.decoder_pred\.(\w+)", r"decoder.prediction.\1"),
     *_TRANSFORMERS_HEADS,
@@ -83,9 +72,9 @@ _TRANSFORMERS_SWIN: Rules = [
     (r"embeddings\.position_embeddings", "model.stages.0.position_embedding.weight!position"),
     (r"embeddings\.patch_embeddings\.projection\.(\w+)", r"model.stages.0.embedding.projection.\1"),
     (r"embeddings\.norm\.(\w+)", r"model.stages.0.embedding.norm.\1"),
-    *_in_blocks(
-        r"encoder\.layers\.(?P<stage>\d+)\.blocks\.(?P<block>\d+)\.",
-        r"model.stages.\g<stage>.blocks.\g<block>.",
+    (
+        r"encoder\.layers\.(\d+)\.blocks\.(\d+)\.(?P<rest>.+)",
+        r"model.stages.\1.blocks.\2.",
         _TRANSFORMERS_BLOCK,
     ),
     (r"encoder\.layers\.(\d+)\.downsample\.norm\.(\w+)", r"model.stages.\1+1.embedding.norm.\2"),
@@ -102,9 +91,9 @@ _TRANSFORMERS_PVT: Rules = [
     ),
     (r"encoder\.patch_embeddings\.(\d+)\.projection\.(\w+)", r"model.stages.\1.embedding.projection.\2"),
     (r"encoder\.patch_embeddings\.(\d+)\.layer_norm\.(\w+)", r"model.stages.\1.embedding.norm.\2"),
-    *_in_blocks(
-        r"encoder\.block\.(?P<stage>\d+)\.(?P<block>\d+)\.",
-        r"model.stages.\g<stage>.blocks.\g<block>.",
+    (
+        r"encoder\.block\.(\d+)\.(\d+)\.(?P<rest>.+)",
+        r"model.stages.\1.blocks.\2.",
         [
             (r"layer_norm_1\.(\w+)", r"attention_norm.\1"),
             (r"layer_norm_2\.(\w+)", r"mlp_norm.\1"),
@@ -127,7 +116,7 @@ _TIMM_VIT: Rules = [
     (r"reg_token", "model.stages.0.prefix_tokens.register_tokens"),
     (r"pos_embed", "model.stages.0.position_embedding.weight!position"),
     (r"patch_embed\.proj\.(\w+)", r"model.stages.0.embedding.projection.\1"),
-    *_in_blocks(r"blocks\.(?P<block>\d+)\.", r"model.stages.0.blocks.\g<block>.", _TIMM_BLOCK),
+    (r"blocks\.(\d+)\.(?P<rest>.+)", r"model.stages.0.blocks.\1.", _TIMM_BLOCK),
     (r"norm\.(\w+)", r"model.norm.\1"),
     (r"head\.(\w+)", r"head.classifier.\1"),
     (r"head_dist\.(\w+)", r"head.distillation_classifier.\1"),
@@ -136,11 +125,7 @@ _TIMM_VIT: Rules = [
 _TIMM_SWIN: Rules = [
     (r"patch_embed\.proj\.(\w+)", r"model.stages.0.embedding.projection.\1"),
     (r"patch_embed\.norm\.(\w+)", r"model.stages.0.embedding.norm.\1"),
-    *_in_blocks(
-        r"layers\.(?P<stage>\d+)\.blocks\.(?P<block>\d+)\.",
-        r"model.stages.\g<stage>.blocks.\g<block>.",
-        _TIMM_BLOCK,
-    ),
+    (r"layers\.(\d+)\.blocks\.(\d+)\.(?P<rest>.+)", r"model.stages.\1.blocks.\2.", _TIMM_BLOCK),
     (r"layers\.(\d+)\.downsample\.norm\.(\w+)", r"model.stages.\1.embedding.norm.\2"),
     (r"layers\.(\d+)\.downsample\.reduction\.(\w+)", r"model.stages.\1.embedding.projection.\2"),
     (r"norm\.(\w+)", r"model.norm.\1"),
@@ -271,17 +256,19 @@ def _read_transformers_pvt(model: PreTrainedModel) -> tuple[dict, Rules]:
         **_read_shared(config),
     }
     # A reduced stage keeps queries apart from keys and values.
-    reduced = [str(stage) for stage, ratio in enumerate(config.sequence_reduction_ratios) if ratio > 1]
+    reduced = "|".join(str(stage) for stage, ratio in enumerate(config.sequence_reduction_ratios) if ratio > 1)
     if not reduced:
         return fields, _TRANSFORMERS_PVT
-    source = rf"encoder\.block\.(?P<stage>{'|'.join(reduced)})\.(?P<block>\d+)\."
-    target = r"model.stages.\g<stage>.blocks.\g<block>."
-    projections = [
-        (r"attention\.self\.query\.(\w+)", r"attention.query.\1"),
-        (r"attention\.self\.key\.(\w+)", r"attention.key_value.\1!k"),
-        (r"attention\.self\.value\.(\w+)", r"attention.key_value.\1!v"),
-    ]
-    return fields, [*_in_blocks(source, target, projections), *_TRANSFORMERS_PVT]
+    projections = (
+        rf"encoder\.block\.({reduced})\.(\d+)\.attention\.self\.(?P<rest>(?:query|key|value)\..+)",
+        r"model.stages.\1.blocks.\2.attention.",
+        [
+            (r"query\.(\w+)", r"query.\1"),
+            (r"key\.(\w+)", r"key_value.\1!k"),
+            (r"value\.(\w+)", r"key_value.\1!v"),
+        ],
+    )
+    return fields, [projections, *_TRANSFORMERS_PVT]
 
 
 def _read_transformers_swin(model: PreTrainedModel) -> tuple[dict, Rules]:
@@ -422,11 +409,11 @@ def _build(
 
 
 def _rename(name: str, rules: Rules) -> str:
-    for pattern, replacement in rules:
+    for pattern, replacement, *rules_of_rest in rules:
         match = re.fullmatch(pattern, name)
         if match:
-            renamed = match.expand(replacement)
-            return re.sub(r"(\d+)\+1", lambda stage: str(int(stage[1]) + 1), renamed)
+            renamed = re.sub(r"(\d+)\+1", lambda number: str(int(number[1]) + 1), match.expand(replacement))
+            return renamed + (_rename(match["rest"], *rules_of_rest) if rules_of_rest else "")
     raise ValueError(f"the weights hold a tensor without counterpart: {name}")
 
 

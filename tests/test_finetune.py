@@ -92,6 +92,8 @@ def test_the_card_tells_what_was_measured(checkpoint):
     reported = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert reported["accuracy"] == pytest.approx(results["validation_accuracy"], abs=1e-4)
     assert "--recipe quickstart" in card.text
+    assert "(360 images) of scikit-learn's handwritten digits." in card.text
+    assert card.data.eval_results[0].dataset_type == "local"
     assert "vit_nano_patch2_8".replace("_", "\\_") in card.text
 
 

@@ -15,6 +15,7 @@ from trainers.arguments import DataArguments
 IMAGE, LABEL = "image", "label"
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+BUILT_IN_TITLES = {"digits": "scikit-learn's handwritten digits"}
 HUB_ID_SHAPE = "a Hub data set such as user/name"
 
 
@@ -74,7 +75,7 @@ def load_digits() -> DatasetDict:
 
 def _load(arguments: DataArguments) -> DatasetDict:
     name = arguments.dataset
-    if name == "digits":
+    if name in BUILT_IN_TITLES:
         return load_digits()
     folder = Path(name)
     if folder.is_dir():

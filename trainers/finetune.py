@@ -40,6 +40,7 @@ from trainers.arguments import (
 )
 from trainers.augmentation import train_transform
 from trainers.data import (
+    BUILT_IN_TITLES,
     IMAGE,
     LABEL,
     TEST,
@@ -122,7 +123,8 @@ def main(argv: list[str] | None = None) -> None:
         label_names=label_names(splits),
         base_model=None if model_args.model in list_presets() else model_args.model,
         from_scratch=model_args.model in list_presets(),
-        dataset=data_args.dataset,
+        dataset=None if data_args.dataset in BUILT_IN_TITLES else data_args.dataset,
+        dataset_title=BUILT_IN_TITLES.get(data_args.dataset),
         split_sizes={name: len(split) for name, split in splits.items()},
         evaluation_split=reported,
         results={name: results[name] for name in ("accuracy", "top5_accuracy", "macro_f1", "loss") if name in results},
