@@ -140,6 +140,7 @@ def from_transformers(model: PreTrainedModel) -> ViTCustomPreTrainedModel:
     """A transformers ViT, DeiT, PVT, Swin or ViTMAE (bare, classifier or masked autoencoder) with the same weights.
 
     The tanh pooler of a bare `ViTModel` has no counterpart and is left out: our pooling is the class token itself.
+    Where windows do not fill a Swin's grid, outputs differ: there the padding is attended to, here it is masked out.
 
     Raises:
         ValueError: if the model is of another kind, or uses what this family does not have.
@@ -179,7 +180,8 @@ def from_transformers(model: PreTrainedModel) -> ViTCustomPreTrainedModel:
 def from_timm(model: nn.Module) -> ViTCustomPreTrainedModel:
     """A timm ViT, DeiT (distilled as well), DeiT III or Swin with the same weights.
 
-    Without a classifier (`num_classes=0`) it becomes a bare `ViTCustomModel`.
+    Without a classifier (`num_classes=0`) it becomes a bare `ViTCustomModel`. Dropouts and drop path are not carried
+    over. Where windows do not fill a Swin's grid, outputs differ: there the padding is attended to, here masked out.
 
     Raises:
         ValueError: if the model is of another kind, or uses what this family does not have.
@@ -316,6 +318,12 @@ def _read_timm_vit(model: nn.Module) -> dict:
     block, distilled = model.blocks[0], hasattr(model, "dist_token")
     if type(block).__name__ != "Block":
         raise ValueError(f"timm's {type(block).__name__} has no counterpart: only its pre-norm Block has")
+    if type(block.mlp).__name__ != "Mlp":
+        raise ValueError(f"timm's {type(block.mlp).__name__} has no counterpart: only its Mlp has")
+    if isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity):
+        raise ValueError("a model without a final norm (final_norm=False) has no counterpart")
+    if model.global_pool == "avg" and model.pool_include_prefix:
+        raise ValueError("pool_include_prefix=True has no counterpart: prefix tokens stay out of the mean")
     if type(model.norm_pre).__name__ != "Identity" or type(model.fc_norm).__name__ != "Identity":
         raise ValueError("norms before the first block (norm_pre) or after pooling (fc_norm) have no counterpart")
     if model.attn_pool is not None or model.global_pool not in ("token", "avg"):
@@ -347,6 +355,8 @@ def _read_timm_swin(model: nn.Module) -> dict:
     blocks = [stage.blocks[0] for stage in model.layers]
     windows = [_one_side("window_size", block.attn.window_size) for block in blocks]
     widths = [block.attn.qkv.in_features for block in blocks]
+    if any(block.always_partition for block in blocks):
+        raise ValueError("always_partition=True has no counterpart: a window that covers the grid is not shifted")
     if model.head.global_pool.pool_type != "avg":
         raise ValueError(f"global_pool={model.head.global_pool.pool_type!r} has no counterpart: only 'avg' has")
     return {
@@ -405,7 +415,8 @@ def _build(
             f"of another shape {sorted(wrong)}"
         )
     model.load_state_dict(merged)
-    return model.eval()
+    source = next(iter(state_dict.values()))
+    return model.to(source.device, source.dtype).eval()
 
 
 def _rename(name: str, rules: Rules) -> str:

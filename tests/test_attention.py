@@ -90,9 +90,7 @@ def test_reduced_keys_against_a_slow_reference(name, grid):
     torch.testing.assert_close(attention(tokens, grid)[0], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("head", "name"), HEADS_AND_ARCHITECTURES, ids=lambda value: getattr(value, "__name__", value)
-)
+@pytest.mark.parametrize(("head", "name"), HEADS_AND_ARCHITECTURES, ids=lambda value: getattr(value, "__name__", value))
 @pytest.mark.parametrize("size", [(32, 32), (24, 44)], ids=str)
 def test_eager_and_sdpa_agree(head, name, size):
     if size != (32, 32) and head.__name__ == "ViTCustomForPreTraining":
@@ -167,7 +165,7 @@ def test_flash_is_not_refused_where_there_is_no_bias(name):
     try:
         tiny_model(ViTCustomModel, name, attn_implementation="flash_attention_2")
     except ImportError as error:
-        assert "lash" in str(error)  # noqa: PT017
+        assert "lash" in str(error)
 
 
 # ------------------------------------------------------------------------------------------------------- the weights

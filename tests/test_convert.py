@@ -137,7 +137,11 @@ CLASSIFIERS: dict[str, tuple[str, Build]] = {
     ),
     "timm ViT, no qkv bias, MLP ratio 2": ("timm", partial(timm_vit, qkv_bias=False, mlp_ratio=2.0)),
     "timm ViT, tanh GELU": ("timm", partial(timm_vit, act_layer=partial(nn.GELU, approximate="tanh"))),
-    "timm ViT, no positions": ("timm", partial(timm_vit, pos_embed="none")),
+    # With a class token timm's oldest versions lose it here.
+    "timm ViT, no positions": (
+        "timm",
+        partial(timm_vit, pos_embed="none", class_token=False, global_pool="avg", fc_norm=False),
+    ),
     "timm ViT, not square": ("timm", partial(timm_vit, img_size=(24, 40))),
     "timm DeiT distilled": ("timm", timm_deit_distilled),
     "timm DeiT III": ("timm", timm_deit3),
@@ -596,7 +600,7 @@ REFUSED: dict[str, tuple[str, Build, str]] = {
     ),
     "timm patches": ("timm", partial(timm_vit, patch_size=(4, 8)), "patch_size"),
     "timm windows": ("timm", partial(timm_swin, img_size=(32, 64), window_size=(4, 8)), "window_size"),
-    "timm Swin pooling": ("timm", partial(timm_swin, global_pool="max"), "global_pool"),
+    "timm Swin pooling": ("timm", partial(timm_swin, global_pool=""), "global_pool"),
     "timm Swin that shifts a single window": ("timm", partial(timm_swin, always_partition=True), "always_partition"),
     "timm Swin with wider heads": ("timm", partial(timm_swin, head_dim=64), "shape"),
 }

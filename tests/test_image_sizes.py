@@ -37,9 +37,7 @@ def resized(table: torch.Tensor, old: tuple[int, int], new: tuple[int, int], ant
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize(
-    ("head", "name"), HEADS_AND_ARCHITECTURES, ids=lambda value: getattr(value, "__name__", value)
-)
+@pytest.mark.parametrize(("head", "name"), HEADS_AND_ARCHITECTURES, ids=lambda value: getattr(value, "__name__", value))
 def test_every_size_runs_forward_and_backward(head, name, size):
     model, images = tiny_model(head, name), random_images(2, *size)
     if head is ViTCustomForPreTraining and size == (8, 8):
@@ -165,9 +163,7 @@ def test_positions_are_interpolated_in_full_precision(name):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 80), (16, 16), 40], ids=str)
-@pytest.mark.parametrize(
-    ("head", "name"), HEADS_AND_ARCHITECTURES, ids=lambda value: getattr(value, "__name__", value)
-)
+@pytest.mark.parametrize(("head", "name"), HEADS_AND_ARCHITECTURES, ids=lambda value: getattr(value, "__name__", value))
 def test_resizing_changes_no_output_at_the_new_size(head, name, size, tmp_path):
     """Where windows stay the same; positions are resampled once instead of on every call."""
     model = tiny_model(head, name)
@@ -209,14 +205,31 @@ def test_resizing_rewrites_the_positions(name):
     assert all(stage.position_embedding.weight.grad.abs().sum() > 0 for stage in model.model.stages)
 
 
-def test_fixed_positions_stay_fixed(tmp_path):
-    model = tiny_model(ViTCustomModel, "vit", position_embedding_type="sincos2d")
-    model.resize_image_size(64)
-    assert not model.stages[0].position_embedding.weight.requires_grad
+@with_positions
+@pytest.mark.parametrize("resize", [False, True])
+def test_fixed_positions_stay_fixed(name, resize, tmp_path):
+    """Neither a new size nor saving and loading makes them weights that an optimizer trains."""
+    model = tiny_model(ViTCustomModel, name, position_embedding_type="sincos2d")
+    trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not any("position_embedding" in key for key in trainable)
+    if resize:
+        model.resize_image_size(64)
     model.save_pretrained(tmp_path)
     loaded = ViTCustomModel.from_pretrained(tmp_path)
-    assert not loaded.stages[0].position_embedding.weight.requires_grad
+    for other in (model, loaded):
+        assert {key for key, parameter in other.named_parameters() if parameter.requires_grad} == trainable
     assert torch.equal(loaded(random_images(1, 64, 64))[0], model(random_images(1, 64, 64))[0])
+
+
+def test_the_decoder_s_fixed_positions_stay_fixed(tmp_path):
+    """The masked autoencoder's decoder has fixed positions always."""
+    model = tiny_model(ViTCustomForPreTraining, "vit")
+    model.save_pretrained(tmp_path)
+    loaded = ViTCustomForPreTraining.from_pretrained(tmp_path)
+    for other in (model, loaded):
+        other.train()(random_images()).loss.backward()
+        parameters = dict(other.decoder.position_embedding.named_parameters())
+        assert all(parameter.grad is None for parameter in parameters.values())
 
 
 def test_the_decoder_is_resized_with_the_encoder():
@@ -229,9 +242,13 @@ def test_the_decoder_is_resized_with_the_encoder():
 def test_windows_keep_their_share_of_the_image(tmp_path):
     """7 at 224 pixels becomes 12 at 384, as in the paper's fine-tuning."""
     config = preset_config(
-        "swin_tiny_patch4_window7_224", depths=[2, 1, 1, 1], hidden_sizes=[8, 16, 24, 32], num_attention_heads=[1, 2, 3, 4],
-        num_labels=5, intermediate_size=16,
-    )  # fmt: skip
+        "swin_tiny_patch4_window7_224",
+        depths=[2, 1, 1, 1],
+        hidden_sizes=[8, 16, 24, 32],
+        num_attention_heads=[1, 2, 3, 4],
+        intermediate_size=16,
+        num_labels=5,
+    )
     model = ViTCustomForImageClassification(config).eval()
     old = model.model.stages[0].blocks[1].attention.relative_position_bias_table.detach().clone()
     model.resize_image_size(384)
