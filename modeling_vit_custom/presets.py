@@ -92,8 +92,8 @@ _PRESETS = {
     "swin_base_patch4_window7_224": _swin(128, [2, 2, 18, 2], [4, 8, 16, 32]),
     "swin_base_patch4_window12_384": _swin(128, [2, 2, 18, 2], [4, 8, 16, 32], window=12, size=384),
     "swin_large_patch4_window7_224": _swin(192, [2, 2, 18, 2], [6, 12, 24, 48]),
-    "vit_nano_patch2_8": _vit(96, 6, 3, 2, size=8, mask_patch_size=2, **_8),
-    "deit_nano_distilled_patch2_8": _deit_distilled(96, 6, 3, 2, size=8, mask_patch_size=2, **_8),
+    "vit_nano_patch2_8": _vit(128, 4, 4, 2, size=8, mask_patch_size=2, **_8),
+    "deit_nano_distilled_patch2_8": _deit_distilled(128, 4, 4, 2, size=8, mask_patch_size=2, **_8),
     "pvt_nano_8": _pvt(
         [2, 2, 2],
         size=8,

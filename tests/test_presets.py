@@ -42,8 +42,8 @@ PARAMETERS = {
     "swin_base_patch4_window7_224": 87_768_224,
     "swin_base_patch4_window12_384": 87_903_584,
     "swin_large_patch4_window7_224": 196_532_476,
-    "vit_nano_patch2_8": 675_082,
-    "deit_nano_distilled_patch2_8": 676_148,
+    "vit_nano_patch2_8": 798_474,
+    "deit_nano_distilled_patch2_8": 799_892,
     "pvt_nano_8": 635_018,
     "swin_nano_patch1_window4_8": 566_072,
     "vit_nano_patch4_32": 2_697_418,
@@ -105,6 +105,13 @@ def test_name_says_what_the_preset_is(name):
     assert config.pooling == ("mean" if name.startswith("swin") else "cls")
 
 
+@pytest.mark.parametrize("name", [name for name in PARAMETERS if name not in NANO])
+def test_width_of_a_head(name):
+    """Which no parameter count shows."""
+    width = 32 if name.startswith("swin") else 80 if "huge" in name else 64
+    assert {stage.hidden_size / stage.num_attention_heads for stage in preset_config(name).stages} == {width}
+
+
 @pytest.mark.parametrize("name", NANO)
 def test_small_presets_classify_and_pretrain(name):
     config = preset_config(name)
@@ -154,7 +161,7 @@ def test_default_config_is_the_base_model():
     [
         ("vit_enormous", {}, "unknown preset 'vit_enormous'; choose from vit_tiny_patch16_224"),
         ("vit_nano_patch2_8", {"drop_rate": 0.1}, "unknown field 'drop_rate' for preset 'vit_nano_patch2_8'"),
-        ("vit_nano_patch2_8", {"num_attention_heads": 7}, "hidden_size=96 is not a multiple of num_attention_heads=7"),
+        ("vit_nano_patch2_8", {"num_attention_heads": 7}, "hidden_size=128 is not a multiple of num_attention_heads=7"),
     ],
 )
 def test_what_a_preset_cannot_be(name, overrides, message):

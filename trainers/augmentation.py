@@ -26,7 +26,12 @@ def train_transform(
     if arguments.zoom == 1:
         raise ValueError("zoom=1.0 would shrink an image to nothing: choose a smaller share")
 
+    # Turning comes after resizing: at the model's size it costs least, and small images are blurred least by it.
     steps = [v2.PILToTensor()]
+    if arguments.min_crop is not None:
+        steps.append(v2.RandomResizedCrop(size, scale=(arguments.min_crop, 1.0), antialias=True))
+    else:
+        steps.append(v2.Resize(size, antialias=True))
     if arguments.rotation or arguments.translation or arguments.zoom:
         steps.append(
             v2.RandomAffine(
@@ -36,10 +41,6 @@ def train_transform(
                 interpolation=v2.InterpolationMode.BILINEAR,
             )
         )
-    if arguments.min_crop is not None:
-        steps.append(v2.RandomResizedCrop(size, scale=(arguments.min_crop, 1.0), antialias=True))
-    else:
-        steps.append(v2.Resize(size, antialias=True))
     if arguments.horizontal_flip:
         steps.append(v2.RandomHorizontalFlip(arguments.horizontal_flip))
     change = v2.Compose(steps)
