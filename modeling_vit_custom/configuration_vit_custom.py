@@ -21,6 +21,7 @@ HIDDEN_ACTS = ("gelu", "gelu_pytorch_tanh")
 POOLINGS = ("cls", "mean")
 POSITION_EMBEDDING_TYPES = ("learned", "sincos2d", "none")
 DROP_PATH_SCHEDULES = ("linear", "constant")
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
 @dataclass(frozen=True)
@@ -295,6 +296,8 @@ class ViTCustomConfig(BackboneConfigMixin, PreTrainedConfig):
         _check_choice("hidden_act", self.hidden_act, HIDDEN_ACTS)
         _check_choice("pooling", self.pooling, POOLINGS)
         _check_choice("drop_path_schedule", self.drop_path_schedule, DROP_PATH_SCHEDULES)
+        if self.problem_type is not None:
+            _check_choice("problem_type", self.problem_type, PROBLEM_TYPES)
         if len(_pair(self.image_size)) != 2:
             raise ValueError(f"image_size={self.image_size} must be one side or (height, width)")
         for name in ("image_size", "num_channels", "mask_patch_size", "out_strides"):

@@ -120,8 +120,11 @@ class PositionEmbedding(nn.Module):
         self.grid_size = stage.grid_size
         self.is_fixed = stage.position_embedding_type == "sincos2d"
         self.antialias = config.position_antialias
-        shape = (1, stage.grid_size[0] * stage.grid_size[1], stage.hidden_size)
-        self.weight = nn.Parameter(torch.empty(shape), requires_grad=not self.is_fixed)
+        weight = torch.empty(1, stage.grid_size[0] * stage.grid_size[1], stage.hidden_size)
+        if self.is_fixed:  # no parameter without gradients: the library's loader would turn them on
+            self.register_buffer("weight", weight)
+        else:
+            self.weight = nn.Parameter(weight)
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         return patches + self.interpolate(grid)
@@ -135,7 +138,8 @@ class PositionEmbedding(nn.Module):
     @torch.no_grad()
     def resize(self, grid: tuple[int, int]):
         """Make another grid the native one, once and for all."""
-        self.weight = nn.Parameter(self.interpolate(grid).clone(), requires_grad=self.weight.requires_grad)
+        weight = self.interpolate(grid).clone()
+        self.weight = weight if self.is_fixed else nn.Parameter(weight)
         self.grid_size = grid
 
 
@@ -572,6 +576,11 @@ class ViTCustomPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def __init__(self, config: ViTCustomConfig, *args, **kwargs):
+        # Fields can be set after the configuration was made and checked, as `from_pretrained` does with its overrides.
+        config.validate_architecture()
+        super().__init__(config, *args, **kwargs)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As in the base class; weights that are not finite are refused.
@@ -995,7 +1004,12 @@ class ViTCustomForPreTraining(ViTCustomPreTrainedModel):
                 f"sr_ratios={config.sr_ratios} and window_size={config.window_size}; "
                 "use ViTCustomForMaskedImageModeling, whose encoder sees all patches"
             )
-        for name in ("decoder_hidden_size", "decoder_num_hidden_layers", "decoder_intermediate_size"):
+        for name in (
+            "decoder_hidden_size",
+            "decoder_num_hidden_layers",
+            "decoder_num_attention_heads",
+            "decoder_intermediate_size",
+        ):
             if getattr(config, name) < 1:
                 raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
         if config.decoder_hidden_size % 4 or config.decoder_hidden_size % config.decoder_num_attention_heads:
@@ -1031,6 +1045,8 @@ class ViTCustomForPreTraining(ViTCustomPreTrainedModel):
         if noise is None:
             noise = torch.rand(batch_size, num_patches, device=pixel_values.device)
         num_visible = max(1, int(num_patches * (1 - self.config.mask_ratio)))
+        if num_visible == num_patches:
+            raise ValueError(f"mask_ratio={self.config.mask_ratio} hides none of {num_patches} patch(es)")
         ids_shuffle = noise.argsort(dim=1)
         ids_restore = ids_shuffle.argsort(dim=1)
 
@@ -1092,6 +1108,10 @@ class ViTCustomForMaskedImageModeling(ViTCustomPreTrainedModel):
 
     def __init__(self, config: ViTCustomConfig):
         patch_size = config.stages[0].patch_size
+        if config.patch_dropout > 0:
+            raise ValueError(f"a reconstruction needs all patches: set patch_dropout=0.0, not {config.patch_dropout}")
+        if config.mask_ratio == 0:
+            raise ValueError("mask_ratio=0.0 hides nothing: choose a share above 0")
         if config.mask_patch_size % patch_size:
             raise ValueError(
                 f"mask_patch_size={config.mask_patch_size} must be a multiple of the first patch_size={patch_size}"

@@ -1,5 +1,7 @@
 """Named sizes of the papers, and small ones for small images."""
 
+import copy
+
 from .configuration_vit_custom import ViTCustomConfig
 
 
@@ -147,7 +149,7 @@ def preset_config(name: str, **overrides) -> ViTCustomConfig:
     if name not in _PRESETS:
         raise ValueError(f"unknown preset {name!r}; choose from {', '.join(_PRESETS)}")
     labels = {} if {"num_labels", "id2label"} & overrides.keys() else {"num_labels": 1000}
-    fields = {**labels, **_PRESETS[name], **overrides}
+    fields = {**labels, **copy.deepcopy(_PRESETS[name]), **overrides}
     if "id2label" in overrides:
         fields.pop("num_labels", None)
     unknown = (

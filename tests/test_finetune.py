@@ -114,12 +114,12 @@ def test_a_checkpoint_is_fine_tuned_on_other_classes_and_sizes(checkpoint, tmp_p
             Image.new("RGB", (20 + index, 12), colour).save(tmp_path / "images" / name / f"{index}.png")
     output_dir = tmp_path / "colours"
     argv = ["--dataset", str(tmp_path / "images"), "--model", str(checkpoint), "--output_dir", str(output_dir)]
-    finetune([*argv, "--image_size", "16", "--horizontal_flip", "0.5", "--min_crop", "0.5", *SHORT])
+    finetune([*argv, "--image_size", "32", "--horizontal_flip", "0.5", "--min_crop", "0.5", *SHORT])
     model = AutoModelForImageClassification.from_pretrained(output_dir)
     assert model.config.id2label == {0: "blue", 1: "green", 2: "red"}
-    assert model.config.image_size == 16
+    assert model.config.image_size == 32
     assert model.model.stages[0].position_embedding.weight.shape[1] == 64
-    assert json.loads((output_dir / "preprocessor_config.json").read_text())["size"] == {"height": 16, "width": 16}
+    assert json.loads((output_dir / "preprocessor_config.json").read_text())["size"] == {"height": 32, "width": 32}
     printed = capsys.readouterr().out
     assert "3 held-out images through pipeline" in printed
     assert printed.count("classified as") == 3
@@ -127,7 +127,7 @@ def test_a_checkpoint_is_fine_tuned_on_other_classes_and_sizes(checkpoint, tmp_p
 
 def test_resampled_positions_not_random_ones(checkpoint):
     small, _ = make_model(ModelArguments(model=str(checkpoint)), list("0123456789"))
-    large, _ = make_model(ModelArguments(model=str(checkpoint), image_size=16), list("0123456789"))
+    large, _ = make_model(ModelArguments(model=str(checkpoint), image_size=32), list("0123456789"))
     before, after = (model.model.stages[0].position_embedding for model in (small, large))
     assert (before.interpolate((8, 8)) == after.weight).all()
 
@@ -149,7 +149,7 @@ def test_a_full_output_folder_is_not_replaced(checkpoint, capsys):
         (["--recipe", "no_such"], "there is no recipe 'no_such'"),
         (["--recipe", "quickstart", "--epochs", "3"], "unknown argument '--epochs'"),
         (["--recipe", "quickstart", "--learning_rate", "fast"], "invalid float value: 'fast'"),
-        (["--recipe", "quickstart", "--config_overrides", "num_attention_heads=5"], "hidden_size=96 is not a multiple"),
+        (["--recipe", "quickstart", "--config_overrides", "num_attention_heads=5"], "hidden_size=128 is not a multiple"),
         (["--recipe", "quickstart", "--config_overrides", "hidden_size=wide"], "hidden_size"),
         (["--recipe", "quickstart", "--config_overrides", "heads=3"], "unknown field 'heads'"),
         (["--recipe", "quickstart", "--config_overrides", "pooling"], "'pooling' must be FIELD=VALUE"),
