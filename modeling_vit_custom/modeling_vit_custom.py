@@ -255,6 +255,10 @@ class Attention(nn.Module):
         if bias is not None and implementation == "flex_attention":
             # The library's flex function applies the mask of the first head to all heads; a position bias has heads.
             biases = {"attention_mask": None, "position_bias": bias.expand(query.shape[0], -1, -1, -1)}
+            if not torch.compiler.is_compiling():
+                # A second size would make torch compile for all sizes, which fails on the CPU when there is a bias.
+                for tensor in (query, key, value, biases["position_bias"]):
+                    torch._dynamo.mark_static(tensor)
         attended, weights = attention_function(
             self,
             query,

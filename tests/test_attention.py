@@ -128,10 +128,8 @@ def test_flex_agrees(architecture, size):
     assert model.config._attn_implementation == "flex_attention"
     expected = tiny_model(ViTCustomForImageClassification, architecture, attn_implementation="eager", **fields)
     images = random_images(2, *size)
-    # With dynamic shapes and a bias, the C++ that torch (2.8 to 2.15) generates for a CPU does not compile: it replaces
-    # the name of one size inside the names of others.
-    with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
-        torch._dynamo.reset()
+    torch._dynamo.reset()
+    with torch.no_grad():
         torch.testing.assert_close(model(images).logits, expected(images).logits, rtol=1e-4, atol=1e-5)
 
 
