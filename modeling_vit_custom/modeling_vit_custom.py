@@ -645,7 +645,7 @@ class ViTCustomPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         """Truncated normal for weights, positions and tokens, zero biases (DeiT, https://arxiv.org/abs/2012.12877,
-        section 5.3). Also for the patch embedding: by its fan-in, small patches would drown their positions."""
+        section 6). Also for the patch embedding: by its fan-in, small patches would drown their positions."""
         std = self.config.initializer_range
         if isinstance(module, ClassificationHead):
             head_std = std if self.config.head_initializer_range is None else self.config.head_initializer_range
