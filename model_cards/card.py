@@ -194,15 +194,15 @@ def _describe_model(run: TrainingRun) -> str:
 
 def _describe_evaluation(run: TrainingRun) -> str:
     """Says what the results were measured on: "Measured on the test split (1,000 images) of ..."."""
-    words = "Measured on"
+    words, data_source = "Measured on", _describe_dataset(run)
     if run.evaluation_split is not None:
         words += f" the {escape_markdown(run.evaluation_split)} split"
         if run.split_sizes is not None and run.evaluation_split in run.split_sizes:
             words += f" ({run.split_sizes[run.evaluation_split]:,} images)"
-        if _describe_dataset(run) is not None:
+        if data_source is not None:
             words += " of"
-    if _describe_dataset(run) is not None:
-        words += f" {_describe_dataset(run)}"
+    if data_source is not None:
+        words += f" {data_source}"
     return "The split is not recorded." if words == "Measured on" else f"{words}."
 
 
