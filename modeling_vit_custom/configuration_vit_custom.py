@@ -46,11 +46,6 @@ class StageConfig:
     grid_size: tuple[int, int]
     drop_path_rates: tuple[float, ...]
 
-    @property
-    def mixes_globally(self) -> bool:
-        """Whether every token sees every other one, so that tokens can be dropped or added without a grid."""
-        return self.window_size == 0 and self.sr_ratio == 1
-
 
 @strict
 class ViTCustomConfig(BackboneConfigMixin, PreTrainedConfig):
@@ -205,6 +200,11 @@ class ViTCustomConfig(BackboneConfigMixin, PreTrainedConfig):
         return int(self.use_class_token) + int(self.use_distillation_token) + self.num_register_tokens
 
     @property
+    def is_plain(self) -> bool:
+        """Whether a single stage of global attention is all, so that patches can be dropped: no block needs a grid."""
+        return len(self.stages) == 1 and self.stages[0].window_size == 0 and self.stages[0].sr_ratio == 1
+
+    @property
     def stage_names(self) -> list[str]:
         """Names of the feature maps that a backbone can return: the stem, stages, then single blocks."""
         stages = [f"stage{i + 1}" for i in range(len(self.depths or [1]))]
@@ -328,7 +328,7 @@ class ViTCustomConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError("pooling='cls' needs use_class_token=True; without a class token use pooling='mean'")
         if self.use_distillation_token and not self.use_class_token:
             raise ValueError("use_distillation_token=True needs use_class_token=True, whose head it accompanies")
-        if self.patch_dropout > 0 and not (len(stages) == 1 and stages[0].mixes_globally):
+        if self.patch_dropout > 0 and not self.is_plain:
             raise ValueError(
                 f"patch_dropout={self.patch_dropout} needs a single stage of global attention (sr_ratios=1, "
                 f"window_size=0); this one has {len(stages)} stage(s), sr_ratios={self.sr_ratios}, "

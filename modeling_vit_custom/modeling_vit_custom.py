@@ -614,7 +614,7 @@ class ViTCustomPreTrainedModel(PreTrainedModel):
 
         Args:
             image_size: Height and width, or one side, in pixels.
-            window_size: Side of the windows in patches; by default scaled with the image's shorter relation.
+            window_size: Side of the windows in patches; by default scaled with the side that grows least.
 
         Raises:
             ValueError: if a size is not positive, or a window is given where there are none.
@@ -709,6 +709,8 @@ class ViTCustomModel(ViTCustomPreTrainedModel):
         check_images(pixel_values, self.config)
         if bool_masked_pos is not None:
             bool_masked_pos = self._check_mask(bool_masked_pos, pixel_values)
+        if ids_keep is not None and not self.config.is_plain:
+            raise ValueError(f"ids_keep needs a single stage of global attention, not {len(self.stages)} stage(s)")
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
@@ -1002,7 +1004,7 @@ class ViTCustomForPreTraining(ViTCustomPreTrainedModel):
 
     def __init__(self, config: ViTCustomConfig):
         stages = config.stages
-        if len(stages) > 1 or not stages[0].mixes_globally:
+        if not config.is_plain:
             raise ValueError(
                 f"a masked autoencoder needs a single stage of global attention, not {len(stages)} stage(s) with "
                 f"sr_ratios={config.sr_ratios} and window_size={config.window_size}; "

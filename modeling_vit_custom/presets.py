@@ -152,15 +152,8 @@ def preset_config(name: str, **overrides) -> ViTCustomConfig:
     fields = {**labels, **copy.deepcopy(_PRESETS[name]), **overrides}
     if "id2label" in overrides:
         fields.pop("num_labels", None)
-    unknown = (
-        fields.keys()
-        - {*ViTCustomConfig.__dataclass_fields__, "num_labels", "attn_implementation"}
-        - {
-            "out_features",
-            "out_indices",
-            "output_attentions",
-        }
-    )
+    inherited = {"num_labels", "attn_implementation", "out_features", "out_indices", "output_attentions"}
+    unknown = fields.keys() - ViTCustomConfig.__dataclass_fields__.keys() - inherited
     if unknown:
         raise ValueError(f"unknown field {sorted(unknown)[0]!r} for preset {name!r}")
     return ViTCustomConfig(**fields)

@@ -756,6 +756,12 @@ def test_masked_image_modeling_needs_a_mask_that_fits(architecture):
         tiny_model(ViTCustomModel, architecture)(random_images(), bool_masked_pos=torch.ones(2, 16))
 
 
+@pytest.mark.parametrize("architecture", ["pvt", "swin"])
+def test_patches_can_only_be_dropped_where_no_block_needs_a_grid(architecture):
+    with pytest.raises(ValueError, match="ids_keep needs a single stage of global attention, not 2"):
+        tiny_model(ViTCustomModel, architecture)(random_images(), ids_keep=torch.zeros(2, 3, dtype=torch.long))
+
+
 def test_reconstruction_is_where_the_image_is(architecture):
     """Every pixel of the output depends on the patch of the last stage that it belongs to: the shuffle is right."""
     model = tiny_model(ViTCustomForMaskedImageModeling, architecture)
