@@ -10,7 +10,7 @@ help:  ## Show this list
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version.split()[0])'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	touch $@
 
@@ -19,7 +19,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 quickstart: $(VENV)/installed  ## Train a ViT on handwritten digits and classify with it
-	$(BIN)/python -m trainers.finetune --recipe quickstart
+	$(BIN)/python -m trainers.finetune --recipe quickstart --overwrite true
 
 test: lint  ## Lint and run the fast tests
 	$(BIN)/python -m pytest -m 'not slow'
@@ -28,8 +28,8 @@ test-all: lint  ## Run all tests
 	$(BIN)/python -m pytest
 
 test-oldest:  ## Run the tests with the oldest versions that pyproject.toml allows, in .venv-oldest
-	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
-	grep -oE '"[A-Za-z-]+>=[0-9.]+"' pyproject.toml | tr -d '"' | grep -v setuptools | sed 's/>=/==/' > .venv-oldest/bounds.txt
+	test -x .venv-oldest/bin/pip || $(PYTHON) -m venv --clear .venv-oldest
+	grep -oE '"[A-Za-z-]+>=[0-9.]+"' pyproject.toml | tr -d '"' | sed 's/>=/==/' | sort -u > .venv-oldest/bounds.txt
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-oldest/bounds.txt
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	.venv-oldest/bin/python -m pytest -m 'not slow'

@@ -5,7 +5,6 @@ is not known is left out of the card; none is guessed.
 """
 
 import html
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,8 +29,9 @@ METRIC_TITLES = {"accuracy": "Accuracy", "top5_accuracy": "Top-5 accuracy", "mac
 class TrainingRun:
     """What is known of a training run. Only the name is required; None and empty mean "not known"."""
 
-    name: str  # what the snippets load: a Hub repo id, or the name of the checkpoint's folder
-    license: str = "apache-2.0"
+    name: str  # a Hub id, which the snippets load, or the name of the checkpoint's folder, in which they run
+    license: str | None = None  # of the weights
+    model_type: str = "vit_custom"
     preset: str | None = None  # the named architecture
     num_parameters: int | None = None
     image_size: int | tuple[int, int] | None = None  # (height, width)
@@ -96,8 +96,8 @@ def render_card(run: TrainingRun, figures: Collection[str] = ()) -> ModelCard:
         measured_on=_describe_evaluation(run),
         results=[_format_metric(name, value) for name, value in (run.results or {}).items()],
         figures=figures,
-        # A JSON string is a Python string, whatever quotes a folder's name holds.
-        quoted_name=json.dumps(run.name, ensure_ascii=False),
+        hub_id=run.name if is_hub_id(run.name) else None,
+        custom_code=run.model_type == "vit_custom",
         data_source=_describe_dataset(run),
         split_sizes=[(escape_markdown(name), f"{size:,}") for name, size in (run.split_sizes or {}).items()],
         command=None if run.command is None else _fence(run.command, "bash"),
@@ -114,7 +114,7 @@ def build_metadata(run: TrainingRun) -> ModelCardData:
         license=run.license,
         library_name="transformers",
         pipeline_tag="image-classification",
-        tags=["vit_custom", "vision"],
+        tags=[run.model_type, "vision"],
         datasets=[run.dataset] if run.dataset is not None and is_hub_id(run.dataset) else None,
         metrics=None if accuracy is None else ["accuracy"],
         base_model=run.base_model if run.base_model is not None and is_hub_id(run.base_model) else None,
@@ -189,7 +189,8 @@ def _describe_model(run: TrainingRun) -> str:
         facts.append(f"fine-tuned from [{escape_markdown(run.base_model)}](https://huggingface.co/{run.base_model})")
     elif run.base_model is not None:
         facts.append(f"fine-tuned from the local checkpoint {escape_markdown(_name_local_folder(run.base_model))}")
-    return "A Vision Transformer (`vit_custom`) that classifies images" + "".join(f", {fact}" for fact in facts) + "."
+    kind = "Vision Transformer" if run.model_type == "vit_custom" else "model"
+    return f"A {kind} (`{run.model_type}`) that classifies images" + "".join(f", {fact}" for fact in facts) + "."
 
 
 def _describe_evaluation(run: TrainingRun) -> str:

@@ -1,5 +1,6 @@
 """Configuration of the staged vision transformer encoder."""
 
+import math
 from dataclasses import dataclass
 
 from huggingface_hub.dataclasses import strict
@@ -154,7 +155,7 @@ class ViTCustomConfig(BackboneConfigMixin, PreTrainedConfig):
     initializer_range: float = 0.02
     head_initializer_range: float | int | None = None
     head_bias_init: float | int = 0.0
-    mask_ratio: float = 0.75
+    mask_ratio: float | int = 0.75
     mask_patch_size: int = 32
     norm_pix_loss: bool = False
     decoder_hidden_size: int = 512
@@ -174,20 +175,15 @@ class ViTCustomConfig(BackboneConfigMixin, PreTrainedConfig):
             self.intermediate_size = (
                 [4 * width for width in self.hidden_sizes] if self.hidden_sizes else 4 * self.hidden_size
             )
-        if not kwargs.get("num_labels", 1) >= 1:
-            raise ValueError(f"num_labels={kwargs['num_labels']} must be at least 1")
+        num_labels = kwargs.get("num_labels", 1)
+        if isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < 1:
+            raise ValueError(f"num_labels={num_labels!r} must be an integer of at least 1")
         self.validate_architecture()
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         if out_features is None and out_indices is None:
             out_features = [f"stage{len(self.stages)}"]
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
         super().__post_init__(**kwargs)
-
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        # The code files are saved beside the config, so every Auto class is served from this folder, also where the
-        # library would write down the saved class alone or the repository that the code was once loaded from.
-        self.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -304,6 +300,10 @@ class ViTCustomConfig(BackboneConfigMixin, PreTrainedConfig):
             _check_at_least(name, getattr(self, name), 1)
         for name in ("num_register_tokens", "layer_norm_eps", "patch_norm_eps", "sr_norm_eps", "initializer_range"):
             _check_at_least(name, getattr(self, name), 0)
+        if not math.isfinite(self.head_bias_init):
+            raise ValueError(f"head_bias_init={self.head_bias_init} must be finite")
+        if self.id2label is not None and not self.id2label:
+            raise ValueError("id2label={} must name at least one class")
         for name in ("hidden_sizes", "depths", "hidden_size", "num_hidden_layers"):
             if getattr(self, name) == []:
                 raise ValueError(f"{name}=[] needs at least one stage")
@@ -324,6 +324,12 @@ class ViTCustomConfig(BackboneConfigMixin, PreTrainedConfig):
         for i, stage in enumerate(stages):
             where = f" in stage {i + 1} of {len(stages)}" if len(stages) > 1 else ""
             _check_stage(stage, where)
+        if min(self.native_size) < stages[0].patch_size:
+            raise ValueError(f"image_size={self.image_size} is smaller than one patch of side {stages[0].patch_size}")
+        if self.patch_merging and len(stages) == 1:
+            raise ValueError("patch_merging=True needs a second stage, whose patches it merges")
+        if self.position_antialias and all(stage.position_embedding_type == "none" for stage in stages):
+            raise ValueError("position_antialias=True has nothing to interpolate with position_embedding_type='none'")
         if self.pooling == "cls" and not self.use_class_token:
             raise ValueError("pooling='cls' needs use_class_token=True; without a class token use pooling='mean'")
         if self.use_distillation_token and not self.use_class_token:
@@ -368,7 +374,10 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]):
 
 def _check_at_least(name: str, value, minimum: int, where: str = ""):
     values = value if isinstance(value, (list, tuple)) else [value]
-    if any(item is not None and item < minimum for item in values):
+    values = [item for item in values if item is not None]
+    if not all(math.isfinite(item) for item in values):
+        raise ValueError(f"{name}={value} must be finite{where}")
+    if any(item < minimum for item in values):
         raise ValueError(f"{name}={value} must be at least {minimum}{where}")
 
 

@@ -140,6 +140,7 @@ def from_transformers(model: PreTrainedModel) -> ViTCustomPreTrainedModel:
     """A transformers ViT, DeiT, PVT, Swin or ViTMAE (bare, classifier or masked autoencoder) with the same weights.
 
     The tanh pooler of a bare `ViTModel` has no counterpart and is left out: our pooling is the class token itself.
+    A bare `ViTMAEModel` hides patches at random, a bare model of ours sees all of them unless given `ids_keep`.
     Where windows do not fill a Swin's grid, outputs differ: there the padding is attended to, here it is masked out.
 
     Raises:
@@ -341,7 +342,7 @@ def _read_timm_vit(model: nn.Module) -> dict:
         "use_distillation_token": distilled,
         "num_register_tokens": registers,
         "position_embedding_type": "none" if model.pos_embed is None else "learned",
-        "position_antialias": True,
+        "position_antialias": model.pos_embed is not None,
         "pooling": "cls" if model.global_pool == "token" else "mean",
         "qkv_bias": block.attn.qkv.bias is not None,
         "qk_norm": type(block.attn.q_norm).__name__ != "Identity",

@@ -6,6 +6,7 @@ D width, A attention heads of d channels, K keys, M side of a window, L labels.
 Read from the inside out: embeddings, attention, blocks, stages, the encoder, then its heads.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_vit_custom import StageConfig, ViTCustomConfig
+from .configuration_vit_custom import AUTO_MAP, StageConfig, ViTCustomConfig
 
 
 # ----------------------------------------------------------------------------------------------- grids and positions
@@ -590,18 +591,24 @@ class ViTCustomPreTrainedModel(PreTrainedModel):
         """As in the base class; weights that are not finite are refused.
 
         Raises:
-            ValueError: naming the first parameter with a NaN or an infinity.
+            ValueError: naming the first tensor with a NaN or an infinity; tensors left on disk are not looked at.
         """
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for name, parameter in model.named_parameters():
-            if parameter.is_floating_point() and not parameter.is_meta and not parameter.isfinite().all():
-                count = int((~parameter.isfinite()).sum())
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+                count = int((~tensor.isfinite()).sum())
                 raise ValueError(
-                    f"{pretrained_model_name_or_path}: {name} holds {count} values that are not finite; "
-                    "load a checkpoint from before the run diverged"
+                    f"{pretrained_model_name_or_path or 'state_dict'}: {name} holds {count} values that are not "
+                    "finite; load a checkpoint from before the run diverged"
                 )
         return loaded
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in the base class; the folder serves every Auto class, whichever head was saved."""
+        # The library would name the saved class alone, or the repository that the code was once loaded from.
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base_model.stages[0].embedding
@@ -617,20 +624,26 @@ class ViTCustomPreTrainedModel(PreTrainedModel):
             window_size: Side of the windows in patches; by default scaled with the side that grows least.
 
         Raises:
-            ValueError: if a size is not positive, or a window is given where there are none.
+            ValueError: if a size does not fit the model, or a window is given where there are none.
         """
         size = tuple(image_size) if isinstance(image_size, (list, tuple)) else (image_size, image_size)
         if len(size) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in size):
-            raise ValueError(f"image_size={image_size} must be a positive number of pixels or (height, width)")
-        config = self.config
-        windows = [stage.window_size for stage in config.stages]
-        if window_size is not None and (window_size < 1 or not any(windows)):
-            raise ValueError(f"window_size={window_size} must be positive, and the model must have windows")
-        scale = min(new / old for new, old in zip(size, config.native_size))
-        windows = [window and (window_size or max(1, round(window * scale))) for window in windows]
-        config.image_size = list(size) if size[0] != size[1] else size[0]
-        config.window_size = windows if len(set(windows)) > 1 else windows[0]
-        for module, stage in zip(self.base_model.stages, config.stages):
+            raise ValueError(f"image_size={image_size!r} must be a positive number of pixels or (height, width)")
+        resized = copy.deepcopy(self.config)
+        resized.image_size = list(size) if size[0] != size[1] else size[0]
+        resized.validate_architecture()
+        windows = [stage.window_size for stage in self.config.stages]
+        if window_size is None:
+            scale = min(new / old for new, old in zip(size, self.config.native_size))
+            windows = [window and max(1, round(window * scale)) for window in windows]
+        elif isinstance(window_size, bool) or not isinstance(window_size, int) or window_size < 1 or not any(windows):
+            raise ValueError(f"window_size={window_size!r} must be a positive integer, and the model must have windows")
+        else:
+            windows = [window and window_size for window in windows]
+        resized.window_size = windows if len(set(windows)) > 1 else windows[0]
+        stages = resized.stages
+        self.config.image_size, self.config.window_size = resized.image_size, resized.window_size
+        for module, stage in zip(self.base_model.stages, stages):
             module.resize(stage)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
@@ -706,11 +719,15 @@ class ViTCustomModel(ViTCustomPreTrainedModel):
         Raises:
             ValueError: if the images or the mask do not fit the configuration.
         """
-        check_images(pixel_values, self.config)
+        check_images(pixel_values, self.config.num_channels, self.stages[0].patch_size)
         if bool_masked_pos is not None:
             bool_masked_pos = self._check_mask(bool_masked_pos, pixel_values)
         if ids_keep is not None and not self.config.is_plain:
             raise ValueError(f"ids_keep needs a single stage of global attention, not {len(self.stages)} stage(s)")
+        if ids_keep is not None and (ids_keep.ndim != 2 or ids_keep.shape[0] != pixel_values.shape[0]):
+            raise ValueError(
+                f"ids_keep of shape {tuple(ids_keep.shape)} must be ({pixel_values.shape[0]}, patches to keep)"
+            )
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
@@ -763,8 +780,8 @@ class ViTCustomModel(ViTCustomPreTrainedModel):
         return bool_masked_pos
 
 
-def check_images(pixel_values: Tensor, config: ViTCustomConfig):
-    """Refuse what cannot be an image batch of this configuration.
+def check_images(pixel_values: Tensor, num_channels: int, patch_size: int):
+    """Refuse what cannot be a batch of images for a first stage of this patch size.
 
     Raises:
         ValueError: naming the shape and what would be right.
@@ -773,13 +790,10 @@ def check_images(pixel_values: Tensor, config: ViTCustomConfig):
     if len(shape) != 4:
         raise ValueError(f"pixel_values of shape {shape} must have four dimensions: (batch, channels, height, width)")
     batch_size, channels, height, width = shape
-    if channels != config.num_channels:
-        raise ValueError(
-            f"pixel_values of shape {shape} have {channels} channels, the model takes {config.num_channels}"
-        )
+    if channels != num_channels:
+        raise ValueError(f"pixel_values of shape {shape} have {channels} channels, the model takes {num_channels}")
     if batch_size == 0:
         raise ValueError(f"pixel_values of shape {shape} hold no image: the batch is empty")
-    patch_size = config.stages[0].patch_size
     if height < patch_size or width < patch_size:
         raise ValueError(f"pixel_values of {height} x {width} pixels are smaller than one patch of side {patch_size}")
     if not pixel_values.is_floating_point():
@@ -986,9 +1000,9 @@ class Decoder(nn.Module):
     def forward(self, hidden_states: Tensor, ids_restore: Tensor, grid: tuple[int, int]) -> Tensor:
         tokens = self.embedding(hidden_states)
         prefix, visible = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
-        hidden = self.mask_token.weight.to(visible.dtype)
-        hidden = hidden.expand(visible.shape[0], ids_restore.shape[1] - visible.shape[1], -1)
-        patches = gather_tokens(torch.cat([visible, hidden], dim=1), ids_restore)
+        num_visible = visible.shape[1]
+        patches = gather_tokens(visible, ids_restore.clamp(max=num_visible - 1))
+        patches = self.mask_token(patches, ids_restore >= num_visible)
         tokens = torch.cat([prefix, self.position_embedding(patches, grid)], dim=1)
         for block in self.blocks:
             tokens, _ = block(tokens, grid)
@@ -1045,11 +1059,15 @@ class ViTCustomForPreTraining(ViTCustomPreTrainedModel):
             output_attentions: See `ViTCustomModel.forward`.
             output_hidden_states: See `ViTCustomModel.forward`.
         """
-        check_images(pixel_values, self.config)
+        check_images(pixel_values, self.config.num_channels, self.patch_size)
         grid = count_patches(tuple(pixel_values.shape[-2:]), self.patch_size)
         batch_size, num_patches = pixel_values.shape[0], grid[0] * grid[1]
         if noise is None:
             noise = torch.rand(batch_size, num_patches, device=pixel_values.device)
+        elif noise.shape != (batch_size, num_patches):
+            raise ValueError(
+                f"noise of shape {tuple(noise.shape)} must be (batch, patches) = {(batch_size, num_patches)}"
+            )
         num_visible = max(1, int(num_patches * (1 - self.config.mask_ratio)))
         if num_visible == num_patches:
             raise ValueError(f"mask_ratio={self.config.mask_ratio} hides none of {num_patches} patch(es)")
@@ -1145,7 +1163,7 @@ class ViTCustomForMaskedImageModeling(ViTCustomPreTrainedModel):
             output_attentions: See `ViTCustomModel.forward`.
             output_hidden_states: See `ViTCustomModel.forward`.
         """
-        check_images(pixel_values, self.config)
+        check_images(pixel_values, self.config.num_channels, self.patch_size)
         size = tuple(pixel_values.shape[-2:])
         if bool_masked_pos is None:
             bool_masked_pos = self.make_mask(pixel_values)

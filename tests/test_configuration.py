@@ -113,7 +113,16 @@ def test_all_options_together(head, architecture):
         ("pvt", {"sr_ratios": [0, 1]}, "sr_ratio=0 must be at least 1 in stage 1 of 2"),
         ("swin", {"window_size": -1}, "window_size=-1 must be at least 0"),
         ("vit", {"num_channels": 0}, "num_channels=0 must be at least 1"),
-        ("vit", {"num_labels": 0}, "num_labels=0 must be at least 1"),
+        ("vit", {"num_labels": 0}, "num_labels=0 must be an integer of at least 1"),
+        ("vit", {"num_labels": "10"}, "num_labels='10' must be an integer of at least 1"),
+        ("vit", {"num_labels": True}, "num_labels=True must be an integer of at least 1"),
+        ("vit", {"id2label": {}}, "id2label={} must name at least one class"),
+        ("vit", {"head_bias_init": float("nan")}, "head_bias_init=nan must be finite"),
+        ("vit", {"initializer_range": float("nan")}, "initializer_range=nan must be finite"),
+        ("vit", {"layer_norm_eps": float("inf")}, "layer_norm_eps=inf must be finite"),
+        ("vit", {"image_size": 4}, "image_size=4 is smaller than one patch of side 8"),
+        ("vit", {"patch_merging": True}, "patch_merging=True needs a second stage"),
+        ("swin", {"position_antialias": True}, "position_antialias=True has nothing to interpolate"),
         ("vit", {"num_register_tokens": -1}, "num_register_tokens=-1 must be at least 0"),
         ("vit", {"layer_norm_eps": -1.0}, "layer_norm_eps=-1.0 must be at least 0"),
         ("vit", {"initializer_range": -0.1}, "initializer_range=-0.1 must be at least 0"),
@@ -219,7 +228,7 @@ def test_a_tuple_as_image_size_round_trips(tmp_path):
 
 
 def test_all_auto_classes_are_written_down(architecture, tmp_path):
-    tiny_config(architecture).save_pretrained(tmp_path)
+    ViTCustomModel(tiny_config(architecture)).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["auto_map"].keys() == {
         "AutoConfig",

@@ -1,5 +1,6 @@
 """Data sets: where they come from, their splits and labels."""
 
+import pickle
 from pathlib import Path
 
 import datasets
@@ -109,6 +110,84 @@ def test_labels_of_any_kind_become_classes(tmp_path, labels, feature, names):
         )
 
 
+def test_classes_may_be_called_like_splits(tmp_path):
+    trees = {
+        "test_tube": ["train/beaker", "train/test_tube", "val/beaker", "val/test_tube"],
+        "train_station": ["beach", "train_station", "bullet_train"],
+        "[a]": ["cat", "dog"],
+    }
+    for tree, folders in trees.items():
+        for folder in folders:
+            save_images(tmp_path / tree / folder, 4)
+            (tmp_path / tree / folder / "0.jpg").rename(tmp_path / tree / folder / "0_test.jpg")
+    found = {tree: load_splits(DataArguments(dataset=str(tmp_path / tree), validation_fraction=0.5)) for tree in trees}
+    sizes = {tree: {name: len(split) for name, split in splits.items()} for tree, splits in found.items()}
+    assert sizes["test_tube"] == {"train": 8, "validation": 8}
+    assert sizes["train_station"] == {"train": 6, "validation": 6}
+    assert sizes["[a]"] == {"train": 4, "validation": 4}
+    assert label_names(found["train_station"]) == ["beach", "bullet_train", "train_station"]
+
+
+def test_images_are_turned_as_the_camera_was_held(tmp_path):
+    for name in ("cat", "dog"):
+        save_images(tmp_path / name, 2)
+        for path in (tmp_path / name).iterdir():
+            pixels = np.zeros((12, 12, 3), dtype=np.uint8)
+            pixels[:6] = 255
+            exif = Image.Exif()
+            exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+            Image.fromarray(pixels).save(path, exif=exif, quality=100)
+    splits = load_splits(DataArguments(dataset=str(tmp_path), validation_fraction=0.5))
+    processor = ViTImageProcessor(size={"height": 12, "width": 12})
+    pixels = with_transform(splits["train"], processor_transform(processor))[0]["pixel_values"]
+    assert pixels[:, :, :5].max() < -0.9
+    assert pixels[:, :, 7:].min() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.write_bytes(b""), "cannot be decoded"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-300]), "cannot be decoded .*[Tt]runcated"),
+        (lambda path: path.write_text("no image"), "cannot be decoded"),
+        (lambda path: Image.fromarray(np.zeros((4, 4), np.uint16)).save(path, format="png"), "mode I;16"),
+    ],
+)
+def test_a_broken_image_is_found_before_training(tmp_path, spoil, message):
+    save_images(tmp_path / "cat", 4)
+    save_images(tmp_path / "dog", 4)
+    spoil(tmp_path / "dog" / "2.jpg")
+    with pytest.raises(ValueError, match=message) as raised:
+        load_splits(DataArguments(dataset=str(tmp_path)))
+    assert str(tmp_path / "dog" / "2.jpg") in str(raised.value)
+
+
+def test_a_missing_image_is_found_before_training(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = {"image": [np.zeros((4, 4, 3), np.uint8), None] * 4, "label": [0, 0, 1, 1] * 2}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"image 1 of split 'train' of .* is missing"):
+        load_splits(DataArguments(dataset=str(tmp_path)))
+
+
+def test_a_test_split_without_labels_is_left_out(tmp_path):
+    names = datasets.ClassLabel(names=["no", "yes"])
+    save_parquet(tmp_path, [0, 1] * 5, names)
+    features = datasets.Features({"image": datasets.Image(), "label": names})
+    rows = {"image": [np.zeros((8, 8, 3), np.uint8)] * 3, "label": [-1] * 3}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "test.parquet")
+    assert list(load_splits(DataArguments(dataset=str(tmp_path)))) == ["train", "validation"]
+
+
+def test_workers_of_any_start_method_can_take_the_transforms(tmp_path):
+    splits = load_splits(DataArguments(dataset="digits"))
+    processor = ViTImageProcessor(size={"height": 8, "width": 8})
+    transform = train_transform(AugmentationArguments(rotation=5), (8, 8), [0.5] * 3, [0.5] * 3)
+    for chosen in (transform, processor_transform(processor)):
+        copied = pickle.loads(pickle.dumps(with_transform(splits["validation"], chosen)))
+        assert copied[0]["pixel_values"].shape == (3, 8, 8)
+
+
 def test_columns_can_be_named(tmp_path):
     features = datasets.Features(
         {"photo": datasets.Image(), "kind": datasets.Value("string"), "label": datasets.Value("int64")}
@@ -139,6 +218,8 @@ def test_what_cannot_be_trained_on_is_named(tmp_path):
         "file/cat/0.jpg": "is a file: give its folder",
         "nowhere": "there is no folder .*nowhere'",
     }
+    with pytest.raises(ValueError, match="--dataset_config 'x' is for data sets on the Hub, not for 'digits'"):
+        load_splits(DataArguments(dataset="digits", dataset_config="x"))
     for name, message in cases.items():
         with pytest.raises(ValueError, match=message) as raised:
             load_splits(DataArguments(dataset=str(tmp_path / name)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -29,7 +30,7 @@ from trainers.arguments import (
 )
 from trainers.data import load_splits
 from trainers.finetune import main as finetune
-from trainers.finetune import make_model, parse_overrides
+from trainers.finetune import make_model, parse_overrides, read_processor
 
 
 SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "8", "--disable_tqdm", "true", "--report_to", "none"]
@@ -132,6 +133,48 @@ def test_resampled_positions_not_random_ones(checkpoint):
     assert (before.interpolate((8, 8)) == after.weight).all()
 
 
+def test_an_encoder_never_starts_from_random_weights(checkpoint, tmp_path, capsys):
+    argv = ["--dataset", "digits", "--model", str(checkpoint), "--output_dir", str(tmp_path / "out")]
+    message = error_of(capsys, [*argv, "--config_overrides", "image_size=32"])
+    assert "has no weights that fit model.stages.0.position_embedding.weight (1 tensors)" in message
+    assert "has no weights that fit" in error_of(capsys, [*argv, "--config_overrides", "hidden_size=256"])
+
+
+def test_a_run_can_be_repeated_from_its_own_folder(checkpoint):
+    recipe = checkpoint / "recipe.yaml"
+    first = parse(["--recipe", "quickstart", "--output_dir", str(checkpoint), "--logging_steps", "1", *SHORT])
+    assert parse(["--recipe", str(recipe)])[-1] == first[-1]
+
+
+def test_checkpoints_of_a_run_that_ended_early_are_kept(tmp_path, capsys):
+    (tmp_path / "out" / "checkpoint-9").mkdir(parents=True)
+    argv = ["--dataset", "digits", "--model", "vit_nano_patch2_8", "--output_dir", str(tmp_path / "out")]
+    assert "pass --resume_from_checkpoint true to go on" in error_of(capsys, argv)
+    assert (tmp_path / "out" / "checkpoint-9").is_dir()
+
+
+def test_a_run_goes_on_where_it_ended(tmp_path):
+    argv = ["--recipe", "quickstart", "--output_dir", str(tmp_path), "--save_strategy", "steps", "--save_steps", "2"]
+    finetune([*argv, *SHORT])
+    finetune([*argv, *SHORT, "--max_steps", "3", "--resume_from_checkpoint", "true"])
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 3
+
+
+def test_what_cannot_be_written_to_is_found_before_training(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    argv = ["--dataset", "digits", "--model", "vit_nano_patch2_8", "--output_dir"]
+    assert "is a file: give a folder" in error_of(capsys, [*argv, str(tmp_path / "file")])
+    assert error_of(capsys, [*argv, "/proc/no/such"])
+
+
+def test_a_run_that_diverges_leaves_no_model(tmp_path, capsys):
+    argv = ["--recipe", "quickstart", "--output_dir", str(tmp_path), "--learning_rate", "1e38", *SHORT]
+    with pytest.raises(SystemExit, match="training diverged"):
+        finetune(argv)
+    assert not (tmp_path / "README.md").exists()
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 def test_a_full_output_folder_is_not_replaced(checkpoint, capsys):
     before = (checkpoint / "model.safetensors").read_bytes()
     argv = ["--dataset", "digits", "--model", "vit_nano_patch2_8", "--output_dir", str(checkpoint)]
@@ -155,6 +198,20 @@ def test_a_full_output_folder_is_not_replaced(checkpoint, capsys):
         (["--recipe", "quickstart", "--config_overrides", "pooling"], "'pooling' must be FIELD=VALUE"),
         (["--recipe", "quickstart", "--image_size", "0"], "image_size=0 must be at least 1"),
         (["--recipe", "quickstart", "--rotation", "-5"], "rotation=-5.0"),
+        (["--recipe"], "expected one argument"),
+        (["--recipe", "quickstart", "--config_overrides", "depths=[2,2"], "'depths=[2,2' is not YAML"),
+        (["--recipe", "quickstart", "--config_overrides", "id2label={0: a}"], "the data set decides on id2label"),
+        (["--recipe", "quickstart", "--config_overrides", "num_channels=1"], "num_channels=1: images are read in RGB"),
+        (["--recipe", "quickstart", "--image_size", "1"], "image_size=1 is smaller than one patch"),
+        (["--recipe", "quickstart", "--model", "runs/nothing"], "there is no model 'runs/nothing'"),
+        (["--recipe", "quickstart", "--per_device_train_batch_size", "0"], "per_device_train_batch_size=0 must be"),
+        (["--recipe", "quickstart", "--num_train_epochs", "0"], "num_train_epochs=0.0 must be above 0"),
+        (["--recipe", "quickstart", "--learning_rate", "-1"], "learning_rate=-1.0 must be above 0"),
+        (["--recipe", "quickstart", "--remove_unused_columns", "true"], "would drop the images"),
+        (["--recipe", "quickstart", "--hub_token", "hf_secret"], "run `hf auth login` instead"),
+        (["--recipe", "quickstart", "--push_to_hub", "true"], "upload the finished folder"),
+        (["--recipe", "quickstart", "--resume_from_checkpoint", "true"], "holds no checkpoint to resume from"),
+        (["--recipe", "quickstart", "--resume_from_checkpoint", "x"], "'x' is no checkpoint"),
     ],
 )
 def test_mistakes_get_one_line_and_leave_nothing(argv, message, capsys, tmp_path):
@@ -176,11 +233,12 @@ def test_a_mistake_ends_the_process_with_2_and_no_traceback(tmp_path):
 def test_a_recipe_lies_between_defaults_and_flags(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("dataset: digits\nmodel: vit_nano_patch2_8\nlearning_rate: 1e-3\nrotation: 5\n")
-    _, data, augmentation, training = parse(["--recipe", str(recipe), "--rotation", "7"])
+    _, data, augmentation, training, given = parse(["--recipe", str(recipe), "--rotation", "7"])
     assert data.dataset == "digits"
     assert training.learning_rate == 1e-3
     assert augmentation.rotation == 7
     assert training.num_train_epochs == 10
+    assert given == {"dataset": "digits", "model": "vit_nano_patch2_8", "learning_rate": 1e-3, "rotation": 7}
 
 
 def test_an_unknown_recipe_field_is_named(tmp_path):
@@ -190,6 +248,12 @@ def test_an_unknown_recipe_field_is_named(tmp_path):
         parse(["--recipe", str(recipe)])
     recipe.write_text("- 1\n")
     with pytest.raises(ValueError, match="must be a mapping"):
+        parse(["--recipe", str(recipe)])
+    recipe.write_text("model: vit_nano_patch2_8\ndataset: digits\nrotation: [1, 2]\n")
+    with pytest.raises(ValueError, match="unknown argument '2'"):
+        parse(["--recipe", str(recipe)])
+    recipe.write_text("model: vit_nano_patch2_8\ndataset: digits\nrotation: much\nmin_crop: null\n")
+    with pytest.raises(ValueError, match="invalid float value: 'much'"):
         parse(["--recipe", str(recipe)])
 
 
@@ -214,8 +278,8 @@ def test_help_shows_fields_and_examples(capsys):
 
 
 def test_overrides_are_read_as_yaml():
-    overrides = parse_overrides(["drop_path_rate=0.1", "pooling=mean", "qk_norm=true", "depths=[1, 2]"])
-    assert overrides == {"drop_path_rate": 0.1, "pooling": "mean", "qk_norm": True, "depths": [1, 2]}
+    overrides = parse_overrides(["layer_norm_eps=1e-5", "pooling=mean", "qk_norm=true", "depths=[1, 2]"])
+    assert overrides == {"layer_norm_eps": 1e-5, "pooling": "mean", "qk_norm": True, "depths": [1, 2]}
     model, _ = make_model(ModelArguments(model="vit_nano_patch2_8", config_overrides=["pooling=mean"]), ["a", "b"])
     assert model.config.pooling == "mean"
     assert model.config.id2label == {0: "a", 1: "b"}
@@ -229,6 +293,29 @@ def test_a_checkpoint_of_another_family_can_be_trained(tmp_path, capsys):
     finetune([*argv, *SHORT])
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.num_labels == 10
     assert "cannot be resized" in error_of(capsys, [*argv, "--overwrite", "--image_size", "16"])
+
+
+def test_a_converted_model_gets_the_familys_own_processor(tmp_path):
+    ViTCustomForImageClassification(preset_config("vit_nano_patch2_8")).save_pretrained(tmp_path)
+    _, processor = make_model(ModelArguments(model=str(tmp_path)), ["a", "b"])
+    assert read_processor(processor) == ((8, 8), [0.5] * 3, [0.5] * 3)
+
+
+def test_processors_are_read_as_they_work():
+    cropped = ViTImageProcessor(
+        size={"height": 12, "width": 12}, do_center_crop=True, crop_size={"height": 8, "width": 8}, do_normalize=False
+    )
+    assert read_processor(cropped) == ((8, 8), [0.0] * 3, [1.0] * 3)
+    with pytest.raises(ValueError, match="must have a height and a width"):
+        read_processor(ViTImageProcessor(size={"shortest_edge": 8}))
+
+
+def test_a_truncated_checkpoint_is_one_line(checkpoint, tmp_path, capsys):
+    shutil.copytree(checkpoint, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    argv = ["--dataset", "digits", "--model", str(tmp_path / "cut"), "--output_dir", str(tmp_path / "out")]
+    assert error_of(capsys, argv)
 
 
 def test_weights_that_diverged_are_refused(tmp_path, capsys):

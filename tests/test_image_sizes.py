@@ -309,7 +309,7 @@ def test_impossible_sizes_are_refused_and_change_nothing(name, size):
 @pytest.mark.parametrize(("name", "window"), [("swin", 0), ("swin", -3), ("vit", 4), ("pvt", 4)])
 def test_impossible_windows_are_refused_and_change_nothing(name, window):
     model = tiny_model(ViTCustomModel, name)
-    with pytest.raises(ValueError, match=f"window_size={window} must be positive"):
+    with pytest.raises(ValueError, match=f"window_size={window} must be a positive integer"):
         model.resize_image_size(64, window_size=window)
     assert model.config.image_size == 32
     assert model.config == tiny_config(name) or model.config.to_dict() == tiny_config(name).to_dict()

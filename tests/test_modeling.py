@@ -447,6 +447,16 @@ def test_device_map(architecture, device_map, tmp_path):
     torch.testing.assert_close(loaded(random_images()).logits, model(random_images()).logits)
 
 
+def test_parts_may_stay_on_disk(tmp_path):
+    model = tiny_model(ViTCustomForPreTraining, "vit")
+    model.save_pretrained(tmp_path / "model")
+    loaded = ViTCustomForPreTraining.from_pretrained(
+        tmp_path / "model", device_map={"model": "cpu", "decoder": "disk"}, offload_folder=tmp_path / "offload"
+    )
+    noise = torch.rand(2, 16)
+    torch.testing.assert_close(loaded(random_images(), noise=noise).logits, model(random_images(), noise=noise).logits)
+
+
 def test_blocks_are_what_must_not_be_split(architecture):
     model = ViTCustomForImageClassification(tiny_config(architecture))
     names = {type(module).__name__ for module in model.modules()}
@@ -465,6 +475,14 @@ def test_weights_that_are_not_finite_are_refused(value, tmp_path):
         with pytest.raises(ValueError, match=r"model\.stages\.0\.blocks\.1\.mlp\.fc1\.weight holds 2 values") as error:
             load(tmp_path)
         assert "\n" not in str(error.value)
+
+
+def test_positions_that_are_not_finite_are_refused(tmp_path):
+    model = tiny_model(ViTCustomModel, "vit", position_embedding_type="sincos2d")
+    model.stages[0].position_embedding.weight[0, 0, 0] = math.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"stages\.0\.position_embedding\.weight holds 1 values"):
+        ViTCustomModel.from_pretrained(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------- the library
@@ -754,6 +772,13 @@ def test_masked_image_modeling_needs_a_mask_that_fits(architecture):
         model(random_images(), bool_masked_pos=torch.ones(2, 7))
     with pytest.raises(ValueError, match="use_mask_token=True"):
         tiny_model(ViTCustomModel, architecture)(random_images(), bool_masked_pos=torch.ones(2, 16))
+
+
+def test_what_chooses_patches_must_fit_the_images():
+    with pytest.raises(ValueError, match=r"noise of shape \(2, 12\) must be \(batch, patches\) = \(2, 16\)"):
+        tiny_model(ViTCustomForPreTraining, "vit")(random_images(), noise=torch.rand(2, 12))
+    with pytest.raises(ValueError, match=r"ids_keep of shape \(3, 4\) must be \(2, patches to keep\)"):
+        tiny_model(ViTCustomModel, "vit")(random_images(), ids_keep=torch.zeros(3, 4, dtype=torch.long))
 
 
 @pytest.mark.parametrize("architecture", ["pvt", "swin"])

@@ -1,6 +1,7 @@
 """Command lines of the training scripts: typed fields, recipes under them, and one line for a user's mistake."""
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 import transformers
 import yaml
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 
@@ -91,8 +93,27 @@ class TrainingArguments(transformers.TrainingArguments):
     dataloader_pin_memory: bool = field(
         default_factory=torch.cuda.is_available, metadata={"help": "Page-locked batches, for copies to a GPU."}
     )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Replace a loss that is not finite in the log by the mean of those before."}
+    )
     # Transforms make the model's inputs out of columns that the Trainer would drop.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave this as it is."})
+
+    def __post_init__(self):
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise ValueError(f"num_train_epochs={self.num_train_epochs} must be above 0, or max_steps be given")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate={self.learning_rate} must be above 0")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would drop the images before they become inputs")
+        if self.hub_token is not None:
+            raise ValueError("hub_token on a command line ends in logs and histories: run `hf auth login` instead")
+        if self.push_to_hub:
+            raise ValueError("push_to_hub=True would publish another card: upload the finished folder by `hf upload`")
+        super().__post_init__()
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -117,6 +138,8 @@ def parse_arguments(
 ) -> tuple:
     """One instance of each dataclass: defaults, then the recipe named by `--recipe`, then the command line.
 
+    The last item is a mapping of the fields that the recipe or the command line gave.
+
     Raises:
         ValueError: for an unknown field or recipe, or a value of the wrong type.
     """
@@ -132,20 +155,22 @@ def parse_arguments(
     recipe_help = f"Fields from a YAML file, or by name: {', '.join(list_recipes())}."
     parser.add_argument("--recipe", metavar="NAME|FILE", help=recipe_help)
 
-    recipe_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    recipe_parser = _Parser((), add_help=False, allow_abbrev=False)
     recipe_parser.add_argument("--recipe")
     named, rest = recipe_parser.parse_known_args(argv)
     fields = read_recipe(named.recipe) if named.recipe else {}
     unknown = sorted(fields.keys() - fields_of_parser)
     if unknown:
         raise ValueError(f"recipe {named.recipe!r} has an unknown field {unknown[0]!r} (see --help for all)")
-    parser.set_defaults(**fields)
-    for action in parser._actions:
-        action.required = action.required and action.dest not in fields
-    *parsed, unused = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True, look_for_args_file=False)
+    # What comes later on a command line wins. One way in means that recipes are checked as the command line is.
+    argv = [*to_argv(fields), *rest]
+    *parsed, unused = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unused:
         raise ValueError(f"unknown argument {unused[0]!r} (see --help for all)")
-    return tuple(parsed[: len(dataclasses)])
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    given, _ = parser.parse_known_args(argv)
+    return (*parsed[: len(dataclasses)], vars(given))
 
 
 def list_recipes() -> list[str]:
@@ -171,6 +196,26 @@ def read_recipe(name: str) -> dict:
     return fields
 
 
+def write_recipe(path: Path, fields: dict) -> None:
+    """The inverse of `read_recipe`."""
+    plain = {name: getattr(value, "value", value) for name, value in fields.items()}
+    path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def to_argv(fields: dict) -> list[str]:
+    """`{"rotation": 5, "config_overrides": ["a=1", "b=2"]}` -> `["--rotation=5", "--config_overrides", "a=1", "b=2"]`.
+
+    Empty values (null) stand for the default.
+    """
+    argv = []
+    for name, value in fields.items():
+        if isinstance(value, list):
+            argv += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            argv.append(f"--{name}={value}")
+    return argv
+
+
 @contextmanager
 def report_user_errors(program: str) -> Iterator[None]:
     """Turn what is wrong with the user's input into one line on stderr and exit status 2.
@@ -179,7 +224,7 @@ def report_user_errors(program: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError, StrictDataclassError) as error:
+    except (ValueError, OSError, SafetensorError, StrictDataclassError) as error:
         message = " ".join(str(error).split())
         print(f"{program}: error: {message}", file=sys.stderr)
         raise SystemExit(2) from error

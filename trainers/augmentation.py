@@ -1,8 +1,11 @@
 """Random changes of a training image."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
+from PIL.Image import Image
+from torch import Tensor
 from torchvision.transforms import v2
 
 from trainers.arguments import AugmentationArguments
@@ -43,6 +46,9 @@ def train_transform(
         )
     if arguments.horizontal_flip:
         steps.append(v2.RandomHorizontalFlip(arguments.horizontal_flip))
-    change = v2.Compose(steps)
     finish = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
-    return lambda images: finish(torch.stack([change(image) for image in images]))
+    return partial(_transform, change=v2.Compose(steps), finish=finish)
+
+
+def _transform(images: list[Image], change: Callable, finish: Callable) -> Tensor:
+    return finish(torch.stack([change(image) for image in images]))

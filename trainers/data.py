@@ -1,13 +1,20 @@
 """Data sets of labelled images: where they come from, their splits and labels, and batches for the model."""
 
+import glob
+import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import datasets
 import numpy as np
+import PIL.Image
 import sklearn.datasets
 from datasets import ClassLabel, Dataset, DatasetDict, Image
+from datasets.utils import tqdm
+from torch import Tensor
 from transformers import BaseImageProcessor
+from transformers.image_utils import load_image
 
 from trainers.arguments import DataArguments
 
@@ -22,10 +29,12 @@ HUB_ID_SHAPE = "a Hub data set such as user/name"
 def load_splits(arguments: DataArguments) -> DatasetDict:
     """Splits `train`, `validation` and perhaps `test`, each with a column `image` and a `ClassLabel` column `label`.
 
-    Where there is no validation split, a stratified share of train is held out.
+    Where there is no validation split, a stratified share of train is held out. A test split without labels is left
+    out.
 
     Raises:
-        ValueError: naming what is wrong with the data set: no images, one class only, labels that are no classes.
+        ValueError: naming what is wrong with the data set: no images or broken ones, one class only, labels that are
+            no classes.
     """
     splits = _load(arguments)
     if TRAIN not in splits:
@@ -38,7 +47,10 @@ def load_splits(arguments: DataArguments) -> DatasetDict:
     splits = DatasetDict({name: splits[name] for name in (TRAIN, VALIDATION, TEST) if name in splits})
     splits = _name_columns(splits, arguments)
     splits = _make_class_labels(splits, arguments.dataset)
+    if TEST in splits and all(map(_is_missing, splits[TEST][LABEL])):
+        del splits[TEST]  # published without its labels, as ImageNet's
     _check_labels(splits, arguments.dataset)
+    _check_images(splits, arguments.dataset)
     if VALIDATION in splits:
         return splits
     return _hold_out(splits, arguments)
@@ -52,16 +64,22 @@ def label_names(splits: DatasetDict) -> list[str]:
 def with_transform(dataset: Dataset, transform: Callable) -> Dataset:
     """Decode images when they are asked for: rows become `pixel_values` (C, H, W) and `labels`."""
 
-    def make_batch(batch: dict) -> dict:
-        images = [image.convert("RGB") for image in batch[IMAGE]]
-        return {"pixel_values": transform(images), "labels": batch[LABEL]}
+    return dataset.with_transform(partial(_make_batch, transform=transform))
 
-    return dataset.with_transform(make_batch)
+
+def _make_batch(batch: dict, transform: Callable) -> dict:
+    # As pipelines read images: turned as the camera was held, in RGB.
+    images = [load_image(image) for image in batch[IMAGE]]
+    return {"pixel_values": transform(images), "labels": batch[LABEL]}
 
 
 def processor_transform(processor: BaseImageProcessor) -> Callable:
     """What the published image processor does, so that evaluation sees what a pipeline will see."""
-    return lambda images: processor(images, return_tensors="pt")["pixel_values"]
+    return partial(_process, processor=processor)
+
+
+def _process(images: list[PIL.Image.Image], processor: BaseImageProcessor) -> Tensor:
+    return processor(images, return_tensors="pt")["pixel_values"]
 
 
 def load_digits() -> DatasetDict:
@@ -75,6 +93,8 @@ def load_digits() -> DatasetDict:
 
 def _load(arguments: DataArguments) -> DatasetDict:
     name = arguments.dataset
+    if arguments.dataset_config is not None and (name in BUILT_IN_TITLES or Path(name).exists()):
+        raise ValueError(f"--dataset_config {arguments.dataset_config!r} is for data sets on the Hub, not for {name!r}")
     if name in BUILT_IN_TITLES:
         return load_digits()
     folder = Path(name)
@@ -101,13 +121,48 @@ def _load_folder(folder: Path) -> DatasetDict:
     try:
         if has_shards:
             return datasets.load_dataset(str(folder))
-        return datasets.load_dataset("imagefolder", data_dir=str(folder), drop_labels=False)
+        return datasets.load_dataset("imagefolder", data_files=_find_split_folders(folder), drop_labels=False)
     except Exception as error:
         # An empty or foreign folder fails in the builder in several ways.
         raise ValueError(
             f"folder {str(folder)!r} holds no images that can be read: expected class/image.jpg, "
             f"train/class/image.jpg or parquet files ({' '.join(str(error).split())})"
         ) from error
+
+
+def _find_split_folders(folder: Path) -> dict[str, str]:
+    """Patterns of files by split: sub-folders named as splits, if all are, or else one split of everything.
+
+    The library would look for these names anywhere in a path, and find a test split in `train/test_tube/`.
+    """
+    names = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    if names and names <= {TRAIN, *VALIDATION_NAMES, TEST}:
+        return {name: f"{glob.escape(str(folder / name))}/**" for name in sorted(names)}
+    return {TRAIN: f"{glob.escape(str(folder))}/**"}
+
+
+def _check_images(splits: DatasetDict, name: str) -> None:
+    """Decode every image once, before hours of training end at the one that is broken."""
+    for key, split in splits.items():
+        encoded = split.cast_column(IMAGE, Image(decode=False))
+        for row, image in enumerate(tqdm(encoded[IMAGE], desc=f"Reading {key} images", leave=False)):
+            fault = _find_fault(image)
+            if fault is not None:
+                path = (image or {}).get("path")
+                raise ValueError(f"image {row}{f' ({path})' if path else ''} of split {key!r} of {name!r} {fault}")
+
+
+def _find_fault(image: dict | None) -> str | None:
+    if image is None:
+        return "is missing"
+    try:
+        with PIL.Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])) as decoded:
+            decoded.load()
+            if decoded.mode.startswith(("I", "F")):
+                return f"has mode {decoded.mode}, which would be clipped: convert it to 8 bits a channel"
+    except Exception as error:  # Pillow's readers fail in many ways
+        return f"cannot be decoded ({' '.join(str(error).split())})"
+    return None
 
 
 def _name_columns(splits: DatasetDict, arguments: DataArguments) -> DatasetDict:

@@ -3,23 +3,21 @@
 Leaves a folder that the Auto classes and pipelines open: weights, code, image processor, metrics, figures and a card.
 """
 
-import platform
 import shlex
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
-import accelerate
-import datasets
-import torch
-import transformers
 import yaml
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     Trainer,
     ViTImageProcessor,
@@ -27,9 +25,12 @@ from transformers import (
     pipeline,
     set_seed,
 )
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from model_cards.card import TrainingRun, write_card
-from modeling_vit_custom import ViTCustomForImageClassification, list_presets, preset_config
+from model_cards.environment import describe_hardware, library_versions
+from modeling_vit_custom import ViTCustomConfig, ViTCustomForImageClassification, list_presets, preset_config
 from trainers.arguments import (
     AugmentationArguments,
     DataArguments,
@@ -37,6 +38,7 @@ from trainers.arguments import (
     TrainingArguments,
     parse_arguments,
     report_user_errors,
+    write_recipe,
 )
 from trainers.augmentation import train_transform
 from trainers.data import (
@@ -70,7 +72,7 @@ EXAMPLES = f"""\
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     with report_user_errors("finetune"):
-        model_args, data_args, augmentation_args, training_args = parse_arguments(
+        model_args, data_args, augmentation_args, training_args, given = parse_arguments(
             [ModelArguments, DataArguments, AugmentationArguments, TrainingArguments],
             argv,
             PROGRAM,
@@ -81,8 +83,8 @@ def main(argv: list[str] | None = None) -> None:
         set_seed(training_args.seed)
         splits = load_splits(data_args)
         model, processor = make_model(model_args, label_names(splits))
-        size = (processor.size["height"], processor.size["width"])
-        transform = train_transform(augmentation_args, size, processor.image_mean, processor.image_std)
+        size, mean, std = read_processor(processor)
+        transform = train_transform(augmentation_args, size, mean, std)
 
     train_dataset = with_transform(splits[TRAIN], transform)
     evaluated = {
@@ -101,6 +103,8 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     trained = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     wall_time = time.perf_counter() - start
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise SystemExit("finetune: error: training diverged, weights are not finite: lower --learning_rate")
     trainer.save_metrics(TRAIN, trained.metrics)
     trainer.save_state()
 
@@ -116,7 +120,8 @@ def main(argv: list[str] | None = None) -> None:
     output_dir = Path(training_args.output_dir)
     results = {name.removeprefix(f"{reported}_"): value for name, value in predictions[reported].metrics.items()}
     run = TrainingRun(
-        name=training_args.hub_model_id or output_dir.name,
+        name=training_args.hub_model_id or output_dir.resolve().name,
+        model_type=model.config.model_type,
         preset=model_args.model if model_args.model in list_presets() else None,
         num_parameters=model.num_parameters(),
         image_size=size,
@@ -130,29 +135,49 @@ def main(argv: list[str] | None = None) -> None:
         results={name: results[name] for name in ("accuracy", "top5_accuracy", "macro_f1", "loss") if name in results},
         confusion_matrix=count_confusions(predictions[reported].predictions, predictions[reported].label_ids),
         log_history=trainer.state.log_history,
-        command=f"{PROGRAM} {shlex.join(argv)}",
+        command=f"{PROGRAM} {shlex.join(map(hide_folders, argv))}",
         seed=training_args.seed,
         versions=library_versions(),
         hardware=describe_hardware(),
         wall_time=wall_time,
     )
     write_card(output_dir, run)
+    write_recipe(output_dir / "recipe.yaml", given)
     print(f"\n{reported} accuracy {results['accuracy']:.2%} after {wall_time:.0f} s of training; saved to {output_dir}")
-    show_predictions(output_dir, splits[reported])
+    show_predictions(output_dir, splits[reported], model_args.trust_remote_code)
 
 
 def check_output_dir(training_args: TrainingArguments) -> None:
-    """Refuse to replace a model that nobody said may go.
+    """Refuse to replace a model that nobody said may go, and a folder that cannot be written to after hours of work.
 
     Raises:
-        ValueError: if the output folder holds a model, and neither overwriting nor resuming was asked for.
+        ValueError: if the output folder holds a model, and neither overwriting nor resuming was asked for, or if there
+            is no checkpoint to resume from.
+        OSError: if the folder cannot be written to.
     """
     folder = Path(training_args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir {str(folder)!r} is a file: give a folder")
-    replace = training_args.overwrite or training_args.resume_from_checkpoint
-    if (folder / "config.json").exists() and not replace:
-        raise ValueError(f"output_dir {str(folder)!r} already holds a model: pass --overwrite or another --output_dir")
+    if training_args.resume_from_checkpoint in ("true", "True"):
+        training_args.resume_from_checkpoint = get_last_checkpoint(folder) if folder.exists() else None
+        if training_args.resume_from_checkpoint is None:
+            raise ValueError(f"output_dir {str(folder)!r} holds no checkpoint to resume from")
+    checkpoint = training_args.resume_from_checkpoint
+    if checkpoint is not None and not (Path(checkpoint) / "trainer_state.json").exists():
+        raise ValueError(
+            f"--resume_from_checkpoint {checkpoint!r} is no checkpoint: give true or runs/.../checkpoint-N"
+        )
+    if checkpoint is None and not training_args.overwrite:
+        if (folder / "config.json").exists():
+            raise ValueError(f"output_dir {str(folder)!r} already holds a model: pass --overwrite true or another one")
+        if any(folder.glob("checkpoint-*")):
+            raise ValueError(
+                f"output_dir {str(folder)!r} already holds checkpoints: pass --resume_from_checkpoint true to go on, "
+                "--overwrite true to start again, or another one"
+            )
+    existing = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
+    with tempfile.TemporaryFile(dir=existing):
+        pass
 
 
 def make_model(arguments: ModelArguments, labels: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
@@ -167,11 +192,12 @@ def make_model(arguments: ModelArguments, labels: list[str]) -> tuple[PreTrained
         if arguments.image_size is not None:
             overrides["image_size"] = arguments.image_size
         config = preset_config(arguments.model, **names, **overrides)
-        height, width = config.native_size
-        return ViTCustomForImageClassification(config), ViTImageProcessor(size={"height": height, "width": width})
+        check_config(config)
+        return ViTCustomForImageClassification(config), make_processor(config)
 
     is_folder = Path(arguments.model).is_dir()
-    if not is_folder and arguments.model.count("/") != 1:
+    # A folder of runs that is not there must never become a Hub id: anybody could own that name.
+    if not is_folder and (arguments.model.count("/") != 1 or arguments.model.startswith("runs/")):
         raise ValueError(
             f"there is no model {arguments.model!r}: give a folder written by save_pretrained, a Hub id such as "
             f"user/name, or a preset ({', '.join(list_presets())})"
@@ -179,15 +205,28 @@ def make_model(arguments: ModelArguments, labels: list[str]) -> tuple[PreTrained
     origin = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(arguments.model, **origin)
-        processor = AutoImageProcessor.from_pretrained(arguments.model, **origin)
+        if config.model_type == ViTCustomConfig.model_type and is_folder and not has_processor(arguments.model):
+            processor = make_processor(config)
+        else:
+            processor = AutoImageProcessor.from_pretrained(arguments.model, **origin)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot open the model {arguments.model!r}: {error}") from error
     unknown = sorted(key for key in overrides if not hasattr(config, key))
     if unknown:
         raise ValueError(f"--config_overrides: {arguments.model!r} has no field {unknown[0]!r}")
-    model = AutoModelForImageClassification.from_pretrained(
-        arguments.model, **origin, **names, **overrides, ignore_mismatched_sizes=True
+    check_config(config)
+    overrides["problem_type"] = "single_label_classification"
+    model, loading = AutoModelForImageClassification.from_pretrained(
+        arguments.model, **origin, **names, **overrides, ignore_mismatched_sizes=True, output_loading_info=True
     )
+    # A new head starts from random weights, the encoder must not.
+    made_anew = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
+    encoder = sorted(key for key in made_anew if key.startswith(f"{model.base_model_prefix}."))
+    if encoder:
+        raise ValueError(
+            f"{arguments.model!r} has no weights that fit {encoder[0]} ({len(encoder)} tensors): "
+            "change no sizes by --config_overrides, and the image size by --image_size"
+        )
     if arguments.image_size is not None:
         if not hasattr(model, "resize_image_size"):
             raise ValueError(f"--image_size: a {type(model).__name__} cannot be resized; leave it out")
@@ -196,16 +235,62 @@ def make_model(arguments: ModelArguments, labels: list[str]) -> tuple[PreTrained
     return model, processor
 
 
+def make_processor(config: ViTCustomConfig) -> ViTImageProcessor:
+    """The family's own processor: resize to the native size, scale to -1..1."""
+    height, width = config.native_size
+    return ViTImageProcessor(size={"height": height, "width": width})
+
+
+def has_processor(folder: str) -> bool:
+    return any((Path(folder) / name).exists() for name in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME))
+
+
+def read_processor(processor: BaseImageProcessor) -> tuple[tuple[int, int], list[float], list[float]]:
+    """Size (H, W) of the images that a processor makes, and the mean and deviation that it normalises by.
+
+    Raises:
+        ValueError: if the size depends on the image.
+    """
+    cropped = getattr(processor, "do_center_crop", False)
+    size = dict(processor.crop_size if cropped else processor.size)
+    if not size.get("height") or not size.get("width"):
+        raise ValueError(f"the image processor's size {size} must have a height and a width")
+    if not getattr(processor, "do_normalize", True):
+        return (size["height"], size["width"]), [0.0] * 3, [1.0] * 3
+    return (size["height"], size["width"]), list(processor.image_mean), list(processor.image_std)
+
+
+def check_config(config: PreTrainedConfig) -> None:
+    if getattr(config, "num_channels", 3) != 3:
+        raise ValueError(f"num_channels={config.num_channels}: images are read in RGB, a model must take 3 channels")
+
+
 def parse_overrides(overrides: list[str]) -> dict:
     """`["drop_path_rate=0.1"]` -> `{"drop_path_rate": 0.1}`, values as YAML reads them.
 
     Raises:
-        ValueError: if an entry has no `=`.
+        ValueError: if an entry has no `=`, or a field is not to be set here.
     """
-    wrong = [override for override in overrides if "=" not in override]
-    if wrong:
-        raise ValueError(f"--config_overrides {wrong[0]!r} must be FIELD=VALUE")
-    return {name: yaml.safe_load(value) for name, _, value in (override.partition("=") for override in overrides)}
+    parsed = {}
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"--config_overrides {override!r} must be FIELD=VALUE")
+        if name in ("id2label", "label2id", "num_labels", "problem_type"):
+            raise ValueError(f"--config_overrides {override!r}: the data set decides on {name}")
+        try:
+            parsed[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--config_overrides {override!r} is not YAML: {error}") from error
+        with suppress(TypeError, ValueError):  # YAML takes 1e-6 for text
+            parsed[name] = float(parsed[name]) if isinstance(parsed[name], str) else parsed[name]
+    return parsed
+
+
+def hide_folders(argument: str) -> str:
+    """The last part of an absolute path: the whole may say more of its owner than of what lies there."""
+    name, equals, path = argument.rpartition("=")
+    return f"{name}{equals}{Path(path).name}" if Path(path).is_absolute() else argument
 
 
 def describe(
@@ -219,42 +304,27 @@ def describe(
     )
 
 
-def describe_hardware() -> str:
-    """The accelerator, or the processor."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{torch.get_num_threads()} threads of {names[0] if names else platform.processor() or platform.machine()}"
-
-
-def library_versions() -> dict[str, str]:
-    return {
-        "Python": platform.python_version(),
-        "PyTorch": torch.__version__,
-        "transformers": transformers.__version__,
-        "datasets": datasets.__version__,
-        "accelerate": accelerate.__version__,
-    }
-
-
-def show_predictions(output_dir: Path, dataset: datasets.Dataset, count: int = 3) -> None:
+def show_predictions(output_dir: Path, dataset: Dataset, trust_remote_code: bool = False, count: int = 3) -> None:
     """Open the folder as a user would, classify a few held-out images and say what to do next."""
-    classifier = pipeline("image-classification", model=str(output_dir), device="cpu")
+    classifier = pipeline(
+        "image-classification", model=str(output_dir), device="cpu", trust_remote_code=trust_remote_code
+    )
     names = dataset.features[LABEL].names
     rows = dataset.select(range(0, len(dataset), max(1, len(dataset) // count))).select(range(min(count, len(dataset))))
     print(f"\n{rows.num_rows} held-out images through pipeline('image-classification', model={str(output_dir)!r}):")
     for row in rows:
-        best = classifier(row[IMAGE].convert("RGB"), top_k=1)[0]
+        best = classifier(row[IMAGE], top_k=1)[0]
         verdict = "right" if best["label"] == names[row[LABEL]] else "wrong"
         print(f"  {names[row[LABEL]]!r} classified as {best['label']!r} with {best['score']:.1%}: {verdict}")
+    executable = Path(sys.executable)
+    python = executable.relative_to(Path.cwd()) if executable.is_relative_to(Path.cwd()) else "python"
     print(
         f"\nNext:\n"
         f"  read the card and the figures   {output_dir / 'README.md'}\n"
-        f"  try it in a browser             python spaces/app.py --model {output_dir}\n"
-        f"  train on your own images        {PROGRAM} --dataset path/to/images --model {output_dir} "
-        "--output_dir runs/mine"
+        f"  install what the demo needs     {python} -m pip install -e '.[space]'\n"
+        f"  try it in a browser             {python} spaces/app.py --model {output_dir}\n"
+        f"  train on your own images        {python} -m trainers.finetune --dataset path/to/images "
+        f"--model {output_dir} --output_dir runs/mine"
     )
 
 

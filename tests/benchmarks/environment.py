@@ -4,11 +4,12 @@ import datetime
 import os
 import platform
 import shlex
-from pathlib import Path
 
 import timm
 import torch
 import transformers
+
+from model_cards.environment import cpu_model
 
 
 def describe_environment(script: str, argv: list[str], device: str) -> dict[str, str]:
@@ -32,13 +33,3 @@ def describe_environment(script: str, argv: list[str], device: str) -> dict[str,
 
 def format_environment(environment: dict[str, str]) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in environment.items())
-
-
-def cpu_model() -> str:
-    """The processor's name as Linux gives it, or the best that Python knows."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 # The folder above holds this package; so the file runs as a script and as a module alike.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.arguments import add_device, add_output, positive
 from benchmarks.environment import describe_environment, format_environment
 from benchmarks.peers import (
     ARCHITECTURES,
@@ -60,11 +61,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(ARCHITECTURES), default=MODELS, metavar="MODEL",
                         help=f"of {', '.join(ARCHITECTURES)} (default: {', '.join(MODELS)})")  # fmt: skip
-    parser.add_argument("--image_size", type=int, default=224, help="side in pixels (default: 224)")
-    parser.add_argument("--batch_size", type=int, default=2, help="images (default: 2)")
+    parser.add_argument("--image_size", type=positive, default=224, help="side in pixels (default: 224)")
+    parser.add_argument("--batch_size", type=positive, default=2, help="images (default: 2)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and images (default: 0)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
-    parser.add_argument("--output", type=Path, help="markdown file to write as well")
+    add_device(parser, "cpu")
+    add_output(parser, "markdown file to write as well")
     return parser.parse_args(argv)
 
 

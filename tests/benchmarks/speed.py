@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 # The folder above holds this package; so the file runs as a script and as a module alike.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.arguments import add_device, add_output, positive
 from benchmarks.environment import describe_environment, format_environment
 from benchmarks.peers import (
     ARCHITECTURES,
@@ -119,26 +120,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--seconds", type=float, default=20.0, help=f"time for the rounds of a row, compilation and warm-up aside; at "
         f"least {MIN_ROUNDS} rounds are made where --repeats allows (default: 20)")  # fmt: skip
     add("--warmup", type=positive, default=2, help="steps before the rounds, after the first (default: 2)")
-    add("--device", choices=("cpu", "cuda"), default=default_device, help=f"default here: {default_device}")
-    add("--output", type=Path, help="markdown file to write; all times go beside it as JSON lines")
+    add_device(parser, default_device)
+    add_output(parser, "markdown file to write; all times go beside it as JSON lines")
     add("--no_progress", action="store_true", help="no progress bar")
     arguments = parser.parse_args(argv)
     if arguments.image_size % 32:
         parser.error(f"--image_size {arguments.image_size} must be a multiple of 32, the last stage's patches")
     if not list_rows(arguments):
         parser.error("nothing to time: autocast is for --modes training")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: there is no GPU here; use --device cpu")
-    if arguments.output is not None and not arguments.output.resolve().parent.is_dir():
-        parser.error(f"--output {arguments.output}: there is no folder {arguments.output.resolve().parent}")
     return arguments
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
-    return value
 
 
 def list_rows(arguments: argparse.Namespace) -> list[tuple[str, str, str, bool]]:

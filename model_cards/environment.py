@@ -1,0 +1,33 @@
+"""Where a run took place: the machine and the versions of the libraries."""
+
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+
+LIBRARIES = {"PyTorch": "torch", "transformers": "transformers", "datasets": "datasets", "accelerate": "accelerate"}
+
+
+def describe_hardware() -> str:
+    """The accelerators, or the processor and the threads that PyTorch uses of it."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{torch.get_num_threads()} threads of {cpu_model()}"
+
+
+def cpu_model() -> str:
+    """The processor's name as Linux gives it, or the best that Python knows."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def library_versions() -> dict[str, str]:
+    """Python's version and those of the libraries that a result depends on."""
+    return {
+        "Python": platform.python_version(),
+        **{title: metadata.version(package) for title, package in LIBRARIES.items()},
+    }
