@@ -14,7 +14,8 @@ def describe_hardware() -> str:
     """The accelerators, or the processor and the threads that PyTorch uses of it."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{torch.get_num_threads()} threads of {cpu_model()}"
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' if count > 1 else ''} of {cpu_model()}"
 
 
 def cpu_model() -> str:

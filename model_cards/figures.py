@@ -139,7 +139,7 @@ def plot_confusion_matrix(matrix: np.ndarray, label_names: Sequence[str]) -> Fig
             axes.text(column, row, count, ha="center", va="center", fontsize=font_size, color=color)
 
     color_bar = figure.colorbar(image, ticks=[0, 0.05, 0.2, 0.5, 1], format=PercentFormatter(xmax=1, decimals=0))
-    color_bar.set_label("share of the true class")
+    color_bar.set_label("share of the true class (square-root scale)")
     color_bar.outline.set_visible(False)
     return figure
 

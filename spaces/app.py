@@ -118,8 +118,8 @@ def distinct_labels(id2label: dict[int, str]) -> tuple[str, ...]:
 def load_classifier(model: str, trust_remote_code: bool = False) -> Classifier:
     """Load a folder written by `save_pretrained`, or a model of the Hub, or raise UnusableModelError."""
     is_folder = Path(model).is_dir()
-    # The default also looks like a Hub id. It must never become one: anybody could own that name there.
-    if not is_folder and model == DEFAULT_MODEL:
+    # A folder of runs also looks like a Hub id. It must never become one: anybody could own that name there.
+    if not is_folder and model.startswith("runs/"):
         raise UnusableModelError(f"there is no model in {model!r}: run `make quickstart` first or pass --model")
     expected = "pass --model a folder written by save_pretrained or a Hub id such as user/name"
     if not is_folder and not HUB_ID.fullmatch(model):

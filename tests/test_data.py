@@ -23,7 +23,7 @@ def quiet():
 
 def save_images(folder: Path, count: int, mode: str = "RGB", size: tuple[int, int] = (20, 16)) -> None:
     """`count` JPEG or PNG images of (width, height) `size` with random pixels."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(len(folder.name))
     for index in range(count):
         pixels = generator.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
@@ -128,6 +128,65 @@ def test_classes_may_be_called_like_splits(tmp_path):
     assert label_names(found["train_station"]) == ["beach", "bullet_train", "train_station"]
 
 
+def test_the_class_is_the_outer_folder(tmp_path):
+    for name in ("cat", "dog"):
+        for view in ("close", "far"):
+            save_images(tmp_path / name / view, 2)
+    splits = load_splits(DataArguments(dataset=str(tmp_path)))
+    assert label_names(splits) == ["cat", "dog"]
+    assert sum(map(len, splits.values())) == 8
+
+
+def test_split_folders_are_known_in_capitals(tmp_path):
+    for split, count in {"Train": 3, "Val": 2}.items():
+        for name in ("cat", "dog"):
+            save_images(tmp_path / split / name, count)
+    splits = load_splits(DataArguments(dataset=str(tmp_path)))
+    assert {name: len(split) for name, split in splits.items()} == {"train": 6, "validation": 4}
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (["train/cat", "train/dog", "test/cat", "annotations"], "'annotations' beside the splits train, test"),
+        (["val/cat", "test/cat"], "has splits val, test but no 'train'"),
+        (["train/cat", "train/dog", "val/cat", "val/cow"], "class 'cow' of split 'val' of .* has no folder in 'train'"),
+        (["cat", "dog", "."], r"lies in no class folder \(2 of them"),
+    ],
+)
+def test_folders_that_make_no_sense_are_named(tmp_path, folders, message):
+    for folder in folders:
+        save_images(tmp_path / folder, 2)
+    with pytest.raises(ValueError, match=message):
+        load_splits(DataArguments(dataset=str(tmp_path)))
+
+
+def test_an_empty_class_folder_is_named(tmp_path):
+    for name in ("cat", "dog"):
+        save_images(tmp_path / name, 2)
+    (tmp_path / "zebra").mkdir()
+    with pytest.raises(ValueError, match=r"class folder '.*zebra' holds no images"):
+        load_splits(DataArguments(dataset=str(tmp_path)))
+
+
+def test_a_folder_of_test_images_without_classes_is_left_out(tmp_path, capsys):
+    for name in ("cat", "dog"):
+        save_images(tmp_path / "train" / name, 5)
+    save_images(tmp_path / "test", 3)
+    assert list(load_splits(DataArguments(dataset=str(tmp_path)))) == ["train", "validation"]
+    assert "3 images of the test split have no labels" in capsys.readouterr().out
+
+
+def test_a_class_that_is_not_in_train_is_named(tmp_path):
+    names = datasets.ClassLabel(names=["a", "b", "c"])
+    save_parquet(tmp_path, [0, 1] * 5, names)
+    features = datasets.Features({"image": datasets.Image(), "label": names})
+    rows = {"image": [np.zeros((8, 8, 3), np.uint8)] * 2, "label": [1, 2]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "validation.parquet")
+    with pytest.raises(ValueError, match=r"class 'c' of split 'validation' of .* has no image in 'train'"):
+        load_splits(DataArguments(dataset=str(tmp_path)))
+
+
 def test_images_are_turned_as_the_camera_was_held(tmp_path):
     for name in ("cat", "dog"):
         save_images(tmp_path / name, 2)
@@ -211,8 +270,8 @@ def test_what_cannot_be_trained_on_is_named(tmp_path):
     save_images(tmp_path / "rare" / "dog", 1)
     save_images(tmp_path / "file" / "cat", 1)
     cases = {
-        "empty": "holds no images",
-        "text": "holds no images",
+        "empty": "holds no images in class folders",
+        "text": "class folder|holds no images",
         "one": "has only the class 'cat' to train on",
         "rare": "class 'dog' of .* has a single image",
         "file/cat/0.jpg": "is a file: give its folder",

@@ -1,12 +1,14 @@
 """Command lines of the training scripts: typed fields, recipes under them, and one line for a user's mistake."""
 
 import argparse
+import difflib
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import transformers
@@ -14,14 +16,31 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 
 RECIPES = Path(__file__).parent / "recipes"
+# Of the Trainer's hundred arguments, those that `--help` shows beside the ones with defaults of their own.
+SHOWN_OF_TRAINER = {
+    "help",
+    "bf16",
+    "dataloader_num_workers",
+    "disable_tqdm",
+    "gradient_accumulation_steps",
+    "max_steps",
+    "report_to",
+    "resume_from_checkpoint",
+    "seed",
+    "torch_compile",
+    "use_cpu",
+}
 
 
 @dataclass
 class ModelArguments:
     """Which model to train."""
+
+    _argument_group_name: ClassVar[str] = "model"
 
     model: str = field(
         metadata={"help": "A preset (random weights), a folder written by save_pretrained, or a Hub id (fine-tuning)."}
@@ -44,6 +63,8 @@ class ModelArguments:
 class DataArguments:
     """Which images to train on."""
 
+    _argument_group_name: ClassVar[str] = "data"
+
     dataset: str = field(
         metadata={
             "help": "digits (built in), a folder of images (one sub-folder a class, with or without train/val/test "
@@ -63,6 +84,8 @@ class DataArguments:
 class AugmentationArguments:
     """What happens to a training image."""
 
+    _argument_group_name: ClassVar[str] = "augmentation"
+
     min_crop: float | None = field(
         default=None,
         metadata={"help": "Random resized crop of at least this share of the area, e.g. 0.35. Default: no crop."},
@@ -76,6 +99,8 @@ class AugmentationArguments:
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     """The Trainer's own arguments, with defaults for fine-tuning a vision transformer."""
+
+    _argument_group_name: ClassVar[str] = "training"
 
     output_dir: str = field(default="runs/finetune", metadata={"help": "Where the model, card and figures go."})
     overwrite: bool = field(default=False, metadata={"help": "Replace a model that the output folder already holds."})
@@ -107,6 +132,8 @@ class TrainingArguments(transformers.TrainingArguments):
             raise ValueError(f"num_train_epochs={self.num_train_epochs} must be above 0, or max_steps be given")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate={self.learning_rate} must be above 0")
+        if self.dataloader_drop_last:
+            raise ValueError("dataloader_drop_last=True would leave images out of the evaluation")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop the images before they become inputs")
         if self.hub_token is not None:
@@ -121,6 +148,17 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=36, width=116)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.dest == "help":
+            return super()._format_action_invocation(action)
+        # The parser takes every name with dashes as well, which need not be read twice.
+        kinds = {str: "TEXT", int: "N", float: "NUMBER", string_to_bool: "true|false"}
+        value = action.metavar or kinds.get(action.type, "VALUE")
+        return f"{action.option_strings[0]} {'...' if action.nargs in ('+', '*') else value}"
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
 
     def add_usage(self, usage, actions, groups, prefix=None):
         super().add_usage(f"{self._prog} [--recipe NAME|FILE] [--FIELD VALUE ...]", [], [], prefix)
@@ -147,11 +185,17 @@ def parse_arguments(
         dataclasses,
         prog=program,
         description=description,
-        epilog=f"examples:\n{examples}",
+        epilog=f"All other fields of transformers.TrainingArguments work as well.\n\nexamples:\n{examples}",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
     fields_of_parser = {action.dest for action in parser._actions} - {"help"}
+    shown = {name for holder in dataclasses for name in holder.__annotations__} - {"remove_unused_columns"}
+    for action in parser._actions:
+        if action.dest not in shown | SHOWN_OF_TRAINER:
+            action.help = argparse.SUPPRESS
+        elif action.required:
+            action.help += " Required."
     recipe_help = f"Fields from a YAML file, or by name: {', '.join(list_recipes())}."
     parser.add_argument("--recipe", metavar="NAME|FILE", help=recipe_help)
 
@@ -161,16 +205,26 @@ def parse_arguments(
     fields = read_recipe(named.recipe) if named.recipe else {}
     unknown = sorted(fields.keys() - fields_of_parser)
     if unknown:
-        raise ValueError(f"recipe {named.recipe!r} has an unknown field {unknown[0]!r} (see --help for all)")
+        raise ValueError(
+            f"recipe {named.recipe!r} has an unknown field {unknown[0]!r}{suggest(unknown[0], fields_of_parser)}"
+        )
     # What comes later on a command line wins. One way in means that recipes are checked as the command line is.
     argv = [*to_argv(fields), *rest]
     *parsed, unused = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unused:
-        raise ValueError(f"unknown argument {unused[0]!r} (see --help for all)")
+        near = suggest(unused[0], [f"--{name}" for name in fields_of_parser])
+        raise ValueError(f"unknown argument {unused[0]!r}{near} (see --help)")
     for action in parser._actions:
         action.default, action.required = argparse.SUPPRESS, False
     given, _ = parser.parse_known_args(argv)
     return (*parsed[: len(dataclasses)], vars(given))
+
+
+def suggest(name: str, names: Iterable[str]) -> str:
+    """What somebody who typed `name` may have meant, as the end of a message."""
+    names = list(names)
+    near = [longer for longer in names if longer.startswith(name)] or difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def list_recipes() -> list[str]:
@@ -224,7 +278,7 @@ def report_user_errors(program: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError, SafetensorError, StrictDataclassError) as error:
+    except (ValueError, OSError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         message = " ".join(str(error).split())
         print(f"{program}: error: {message}", file=sys.stderr)
         raise SystemExit(2) from error

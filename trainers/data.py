@@ -1,8 +1,7 @@
 """Data sets of labelled images: where they come from, their splits and labels, and batches for the model."""
 
-import glob
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -47,8 +46,9 @@ def load_splits(arguments: DataArguments) -> DatasetDict:
     splits = DatasetDict({name: splits[name] for name in (TRAIN, VALIDATION, TEST) if name in splits})
     splits = _name_columns(splits, arguments)
     splits = _make_class_labels(splits, arguments.dataset)
-    if TEST in splits and all(map(_is_missing, splits[TEST][LABEL])):
-        del splits[TEST]  # published without its labels, as ImageNet's
+    if TEST in splits and len(splits[TEST]) and all(map(_is_missing, splits[TEST][LABEL])):
+        print(f"The {len(splits[TEST]):,} images of the test split have no labels: it is left out.")
+        del splits[TEST]
     _check_labels(splits, arguments.dataset)
     _check_images(splits, arguments.dataset)
     if VALIDATION in splits:
@@ -117,28 +117,70 @@ def _load(arguments: DataArguments) -> DatasetDict:
 
 
 def _load_folder(folder: Path) -> DatasetDict:
-    has_shards = any(folder.rglob("*.parquet"))
     try:
-        if has_shards:
+        if any(folder.rglob("*.parquet")):
             return datasets.load_dataset(str(folder))
-        return datasets.load_dataset("imagefolder", data_files=_find_split_folders(folder), drop_labels=False)
+        if any(folder.rglob("metadata.*")):
+            return datasets.load_dataset("imagefolder", data_dir=str(folder))
     except Exception as error:
-        # An empty or foreign folder fails in the builder in several ways.
-        raise ValueError(
-            f"folder {str(folder)!r} holds no images that can be read: expected class/image.jpg, "
-            f"train/class/image.jpg or parquet files ({' '.join(str(error).split())})"
-        ) from error
+        # Builders fail in many ways; each means that this folder leads to no data.
+        raise ValueError(f"cannot load folder {str(folder)!r}: {' '.join(str(error).split())}") from error
+    return _read_image_folder(folder)
 
 
-def _find_split_folders(folder: Path) -> dict[str, str]:
-    """Patterns of files by split: sub-folders named as splits, if all are, or else one split of everything.
+def _read_image_folder(folder: Path) -> DatasetDict:
+    """`class/**/image.jpg`, or the same below `train`, `val` and `test`.
 
-    The library would look for these names anywhere in a path, and find a test split in `train/test_tube/`.
+    The library's own reader takes the innermost folder for the class, and finds a test split in `train/test_tube/`.
     """
-    names = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
-    if names and names <= {TRAIN, *VALIDATION_NAMES, TEST}:
-        return {name: f"{glob.escape(str(folder / name))}/**" for name in sorted(names)}
-    return {TRAIN: f"{glob.escape(str(folder))}/**"}
+    roots = {path.name.lower(): path for path in _sub_folders(folder)}
+    found = {name: roots[name] for name in (TRAIN, *VALIDATION_NAMES, TEST) if name in roots}
+    others = sorted(roots.keys() - found.keys())
+    if found and others:
+        raise ValueError(
+            f"folder {str(folder)!r} holds {others[0]!r} beside the splits {', '.join(found)}: move it away, or the "
+            "classes into their splits"
+        )
+    if found and TRAIN not in found:
+        raise ValueError(f"folder {str(folder)!r} has splits {', '.join(found)} but no {TRAIN!r}")
+    files = {split: _read_classes(root) for split, root in (found or {TRAIN: folder}).items()}
+    names = sorted(files[TRAIN].keys() - {None})
+    if not names:
+        raise ValueError(
+            f"folder {str(folder)!r} holds no images in class folders: expected class/image.jpg, "
+            "train/class/image.jpg or parquet files"
+        )
+    features = datasets.Features({IMAGE: Image(), LABEL: ClassLabel(names=names)})
+    splits = {}
+    for split, by_class in files.items():
+        unknown = sorted(by_class.keys() - {None, *names})
+        if unknown:
+            raise ValueError(f"class {unknown[0]!r} of split {split!r} of {str(folder)!r} has no folder in {TRAIN!r}")
+        rows = [(str(path), name) for name, paths in by_class.items() for path in paths]
+        labels = [-1 if name is None else names.index(name) for _, name in rows]
+        splits[split] = Dataset.from_dict({IMAGE: [path for path, _ in rows], LABEL: labels}, features=features)
+    return DatasetDict(splits)
+
+
+def _sub_folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _read_classes(root: Path) -> dict[str | None, list[Path]]:
+    """Images by the name of their class; None for those that lie in no class folder."""
+    classes = {path.name: _find_images(path.rglob("*")) for path in _sub_folders(root)}
+    empty = sorted(name for name, paths in classes.items() if not paths)
+    if empty:
+        raise ValueError(f"class folder {str(root / empty[0])!r} holds no images")
+    loose = _find_images(root.iterdir())
+    if classes and loose:
+        raise ValueError(f"image {str(loose[0])!r} lies in no class folder ({len(loose)} of them beside the classes)")
+    return classes or {None: loose}
+
+
+def _find_images(paths: Iterable[Path]) -> list[Path]:
+    suffixes = PIL.Image.registered_extensions()
+    return sorted(path for path in paths if path.suffix.lower() in suffixes and path.is_file())
 
 
 def _check_images(splits: DatasetDict, name: str) -> None:
@@ -225,6 +267,10 @@ def _check_labels(splits: DatasetDict, name: str) -> None:
         if split.features[LABEL].names != names:
             raise ValueError(f"split {key!r} of {name!r} has other classes than {TRAIN!r}")
     present = set(splits[TRAIN][LABEL])
+    for key, split in splits.items():
+        unseen = sorted(set(split[LABEL]) - present)
+        if unseen:
+            raise ValueError(f"class {names[unseen[0]]!r} of split {key!r} of {name!r} has no image in {TRAIN!r}")
     if len(present) < 2:
         only = f"only the class {names[next(iter(present))]!r}"
         raise ValueError(f"{name!r} has {only} to train on: a classifier needs at least two, one sub-folder for each")
@@ -240,7 +286,7 @@ def _hold_out(splits: DatasetDict, arguments: DataArguments) -> DatasetDict:
     if rare:
         raise ValueError(
             f"class {rare[0]!r} of {arguments.dataset!r} has a single image: "
-            "a stratified validation split needs two of every class"
+            "a stratified validation split needs two of every class, or give one beside train"
         )
     try:
         held_out = train.train_test_split(fraction, stratify_by_column=LABEL, seed=arguments.split_seed)

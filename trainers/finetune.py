@@ -17,11 +17,12 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
-    PreTrainedConfig,
     PreTrainedModel,
     Trainer,
+    TrainerState,
     ViTImageProcessor,
     default_data_collator,
+    logging,
     pipeline,
     set_seed,
 )
@@ -38,6 +39,7 @@ from trainers.arguments import (
     TrainingArguments,
     parse_arguments,
     report_user_errors,
+    suggest,
     write_recipe,
 )
 from trainers.augmentation import train_transform
@@ -86,22 +88,30 @@ def main(argv: list[str] | None = None) -> None:
         size, mean, std = read_processor(processor)
         transform = train_transform(augmentation_args, size, mean, std)
 
-    train_dataset = with_transform(splits[TRAIN], transform)
-    evaluated = {
-        name: with_transform(split, processor_transform(processor)) for name, split in splits.items() if name != TRAIN
-    }
+        train_dataset = with_transform(splits[TRAIN], transform)
+        evaluated = {
+            name: with_transform(split, processor_transform(processor))
+            for name, split in splits.items()
+            if name != TRAIN
+        }
+        trainer = Trainer(
+            model=model,
+            args=training_args,
+            data_collator=default_data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=evaluated[VALIDATION],
+            processing_class=processor,
+            compute_metrics=compute_metrics,
+        )
     print(describe(model_args, model, splits, training_args))
-    trainer = Trainer(
-        model=model,
-        args=training_args,
-        data_collator=default_data_collator,
-        train_dataset=train_dataset,
-        eval_dataset=evaluated[VALIDATION],
-        processing_class=processor,
-        compute_metrics=compute_metrics,
-    )
     start = time.perf_counter()
-    trained = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    try:
+        trained = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    except KeyboardInterrupt:
+        saved = get_last_checkpoint(training_args.output_dir)
+        further = f"go on from {saved} by --resume_from_checkpoint true" if saved else "nothing was saved yet"
+        print(f"\nfinetune: interrupted at step {trainer.state.global_step}: {further}", file=sys.stderr)
+        raise SystemExit(130) from None
     wall_time = time.perf_counter() - start
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise SystemExit("finetune: error: training diverged, weights are not finite: lower --learning_rate")
@@ -153,7 +163,7 @@ def check_output_dir(training_args: TrainingArguments) -> None:
     Raises:
         ValueError: if the output folder holds a model, and neither overwriting nor resuming was asked for, or if there
             is no checkpoint to resume from.
-        OSError: if the folder cannot be written to.
+        ValueError: if the folder cannot be written to.
     """
     folder = Path(training_args.output_dir)
     if folder.exists() and not folder.is_dir():
@@ -163,10 +173,16 @@ def check_output_dir(training_args: TrainingArguments) -> None:
         if training_args.resume_from_checkpoint is None:
             raise ValueError(f"output_dir {str(folder)!r} holds no checkpoint to resume from")
     checkpoint = training_args.resume_from_checkpoint
-    if checkpoint is not None and not (Path(checkpoint) / "trainer_state.json").exists():
-        raise ValueError(
-            f"--resume_from_checkpoint {checkpoint!r} is no checkpoint: give true or runs/.../checkpoint-N"
-        )
+    if checkpoint is not None:
+        state_file = Path(checkpoint) / "trainer_state.json"
+        if not state_file.exists():
+            raise ValueError(f"--resume_from_checkpoint {checkpoint!r} is no checkpoint: give true or its folder")
+        state = TrainerState.load_from_json(str(state_file))
+        steps, epochs = training_args.max_steps, training_args.num_train_epochs
+        if state.global_step >= steps if steps > 0 else state.epoch >= epochs:
+            raise ValueError(
+                f"{checkpoint!r} is {state.global_step} steps ({state.epoch:g} epochs) old: nothing is left to train"
+            )
     if checkpoint is None and not training_args.overwrite:
         if (folder / "config.json").exists():
             raise ValueError(f"output_dir {str(folder)!r} already holds a model: pass --overwrite true or another one")
@@ -176,8 +192,11 @@ def check_output_dir(training_args: TrainingArguments) -> None:
                 "--overwrite true to start again, or another one"
             )
     existing = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
-    with tempfile.TemporaryFile(dir=existing):
-        pass
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(f"output_dir {str(folder)!r} cannot be written to: {error.strerror}") from error
 
 
 def make_model(arguments: ModelArguments, labels: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
@@ -192,7 +211,7 @@ def make_model(arguments: ModelArguments, labels: list[str]) -> tuple[PreTrained
         if arguments.image_size is not None:
             overrides["image_size"] = arguments.image_size
         config = preset_config(arguments.model, **names, **overrides)
-        check_config(config)
+        check_channels(config.num_channels)
         return ViTCustomForImageClassification(config), make_processor(config)
 
     is_folder = Path(arguments.model).is_dir()
@@ -200,7 +219,7 @@ def make_model(arguments: ModelArguments, labels: list[str]) -> tuple[PreTrained
     if not is_folder and (arguments.model.count("/") != 1 or arguments.model.startswith("runs/")):
         raise ValueError(
             f"there is no model {arguments.model!r}: give a folder written by save_pretrained, a Hub id such as "
-            f"user/name, or a preset ({', '.join(list_presets())})"
+            f"user/name, or one of list_presets(){suggest(arguments.model, list_presets())}"
         )
     origin = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
     try:
@@ -214,11 +233,14 @@ def make_model(arguments: ModelArguments, labels: list[str]) -> tuple[PreTrained
     unknown = sorted(key for key in overrides if not hasattr(config, key))
     if unknown:
         raise ValueError(f"--config_overrides: {arguments.model!r} has no field {unknown[0]!r}")
-    check_config(config)
+    check_channels(overrides.get("num_channels", getattr(config, "num_channels", 3)))
     overrides["problem_type"] = "single_label_classification"
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what was made anew is judged below
     model, loading = AutoModelForImageClassification.from_pretrained(
         arguments.model, **origin, **names, **overrides, ignore_mismatched_sizes=True, output_loading_info=True
     )
+    logging.set_verbosity(verbosity)
     # A new head starts from random weights, the encoder must not.
     made_anew = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
     encoder = sorted(key for key in made_anew if key.startswith(f"{model.base_model_prefix}."))
@@ -260,9 +282,9 @@ def read_processor(processor: BaseImageProcessor) -> tuple[tuple[int, int], list
     return (size["height"], size["width"]), list(processor.image_mean), list(processor.image_std)
 
 
-def check_config(config: PreTrainedConfig) -> None:
-    if getattr(config, "num_channels", 3) != 3:
-        raise ValueError(f"num_channels={config.num_channels}: images are read in RGB, a model must take 3 channels")
+def check_channels(num_channels: int) -> None:
+    if num_channels != 3:
+        raise ValueError(f"num_channels={num_channels}: images are read in RGB, a model must take 3 channels")
 
 
 def parse_overrides(overrides: list[str]) -> dict:
@@ -298,9 +320,11 @@ def describe(
 ) -> str:
     """Two lines on what is about to happen."""
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
+    steps, epochs = training_args.max_steps, training_args.num_train_epochs
+    length = f"{steps:,} steps" if steps > 0 else f"{epochs:g} epochs"
     return (
         f"{arguments.model}: {model.num_parameters():,} parameters, {model.config.num_labels} classes\n"
-        f"{sizes} images; {training_args.num_train_epochs:g} epochs on {describe_hardware()}"
+        f"{sizes} images; {length} on {describe_hardware()}"
     )
 
 
@@ -318,13 +342,14 @@ def show_predictions(output_dir: Path, dataset: Dataset, trust_remote_code: bool
         print(f"  {names[row[LABEL]]!r} classified as {best['label']!r} with {best['score']:.1%}: {verdict}")
     executable = Path(sys.executable)
     python = executable.relative_to(Path.cwd()) if executable.is_relative_to(Path.cwd()) else "python"
+    model, other = shlex.quote(str(output_dir)), shlex.quote(f"{output_dir}-finetuned")
     print(
         f"\nNext:\n"
         f"  read the card and the figures   {output_dir / 'README.md'}\n"
         f"  install what the demo needs     {python} -m pip install -e '.[space]'\n"
-        f"  try it in a browser             {python} spaces/app.py --model {output_dir}\n"
+        f"  try it in a browser             {python} spaces/app.py --model {model}\n"
         f"  train on your own images        {python} -m trainers.finetune --dataset path/to/images "
-        f"--model {output_dir} --output_dir runs/mine"
+        f"--model {model} --output_dir {other}"
     )
 
 
