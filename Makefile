@@ -49,6 +49,7 @@ fidelity: $(VENV)/installed-dev  ## Compare outputs with transformers and timm
 	$(BIN)/python tests/benchmarks/fidelity.py
 
 build: $(VENV)/installed-dev  ## Build the wheel into dist/
+	rm -rf build
 	$(BIN)/python -m build --wheel
 
 clean:  ## Remove what the other targets made, runs/ excepted

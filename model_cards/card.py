@@ -71,15 +71,18 @@ class TrainingRun:
 def write_card(output_dir: str | Path, run: TrainingRun) -> Path:
     """Draws the figures that the run's facts allow and writes README.md, both into the checkpoint's folder.
 
-    The card shows the figures that lie in the folder. An older README.md is replaced. Returns the README's path.
+    An older README.md and older figures are replaced or removed. Returns the README's path.
     """
     output_dir = Path(output_dir)
+    figures = {}
     if collect_curves(run.log_history):
-        plot_training_curves(run.log_history).savefig(output_dir / TRAINING_CURVES, dpi=FIGURE_DPI)
+        figures[TRAINING_CURVES] = plot_training_curves(run.log_history)
     if run.confusion_matrix is not None:
-        figure = plot_confusion_matrix(run.confusion_matrix, run.label_names)
-        figure.savefig(output_dir / CONFUSION_MATRIX, dpi=FIGURE_DPI)
-    figures = [name for name in (TRAINING_CURVES, CONFUSION_MATRIX) if (output_dir / name).is_file()]
+        figures[CONFUSION_MATRIX] = plot_confusion_matrix(run.confusion_matrix, run.label_names)
+    for name in (TRAINING_CURVES, CONFUSION_MATRIX):
+        (output_dir / name).unlink(missing_ok=True)
+        if name in figures:
+            figures[name].savefig(output_dir / name, dpi=FIGURE_DPI)
     path = output_dir / "README.md"
     render_card(run, figures).save(path)
     return path

@@ -142,6 +142,7 @@ def from_transformers(model: PreTrainedModel) -> ViTCustomPreTrainedModel:
     The tanh pooler of a bare `ViTModel` has no counterpart and is left out: our pooling is the class token itself.
     A bare `ViTMAEModel` hides patches at random, a bare model of ours sees all of them unless given `ids_keep`.
     Where windows do not fill a Swin's grid, outputs differ: there the padding is attended to, here it is masked out.
+    So they do where a grid is one window high and several wide: there neither side is shifted, here the longer one is.
 
     Raises:
         ValueError: if the model is of another kind, or uses what this family does not have.
@@ -416,7 +417,7 @@ def _build(
             f"of another shape {sorted(wrong)}"
         )
     model.load_state_dict(merged)
-    source = next(iter(state_dict.values()))
+    source = next(tensor for tensor in state_dict.values() if tensor.is_floating_point())
     return model.to(source.device, source.dtype).eval()
 
 

@@ -1116,14 +1116,6 @@ def patchify(image: Tensor, patch_size: int) -> Tensor:
     return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
-def unpatchify(patches: Tensor, patch_size: int, size: tuple[int, int]) -> Tensor:
-    """The inverse of `patchify`, cropped to `size` (H, W): (B, N, patch * patch * C) -> (B, C, H, W)."""
-    grid = count_patches(size, patch_size)
-    patches = patches.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, grid)
-    image = patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
-    return image[:, :, : size[0], : size[1]]
-
-
 class ViTCustomForMaskedImageModeling(ViTCustomPreTrainedModel):
     """Masked image modeling with mask tokens and a linear decoder, for every encoder.
 

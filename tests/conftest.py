@@ -36,6 +36,7 @@ os.environ |= {
 # Tiny models are fastest on one thread, and on a busy machine several of them wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import datasets  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from tiny_models import ARCHITECTURES  # noqa: E402
@@ -43,6 +44,11 @@ from tiny_models import ARCHITECTURES  # noqa: E402
 
 def pytest_unconfigure(config):
     shutil.rmtree(CACHES, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def quiet_datasets():
+    datasets.disable_progress_bars()
 
 
 @pytest.fixture(autouse=True)

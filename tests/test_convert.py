@@ -228,6 +228,15 @@ def test_bare_masked_autoencoder_gives_the_same_visible_tokens():
     assert max_difference(outputs.last_hidden_state, expected) <= BOUND
 
 
+@pytest.mark.parametrize(("library", "build"), [("transformers", vit), ("timm", timm_swin)])
+def test_the_dtype_stays(library: str, build: Build):
+    source = build().bfloat16()
+    ours = {"transformers": from_transformers, "timm": from_timm}[library](source)
+    assert {parameter.dtype for parameter in ours.parameters()} == {torch.bfloat16}
+    count = sum(parameter.double().abs().sum() for parameter in source.parameters())
+    torch.testing.assert_close(sum(p.double().abs().sum() for p in ours.parameters()), count, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("build", [timm_vit, timm_deit3, timm_swin, partial(timm_vit, reg_tokens=2)])
 @torch.no_grad()
 def test_timm_models_without_a_classifier_give_the_same_features(build: Build):

@@ -312,7 +312,7 @@ def test_impossible_windows_are_refused_and_change_nothing(name, window):
     with pytest.raises(ValueError, match=f"window_size={window} must be a positive integer"):
         model.resize_image_size(64, window_size=window)
     assert model.config.image_size == 32
-    assert model.config == tiny_config(name) or model.config.to_dict() == tiny_config(name).to_dict()
+    assert model.config.to_dict() == tiny_config(name).to_dict()
 
 
 def test_feature_maps_at_odd_sizes(architecture):

@@ -104,6 +104,13 @@ def test_metadata_survives_writing_and_loading(tmp_path):
     assert (result.metric_type, result.metric_value) == ("accuracy", 0.8)
 
 
+def test_a_card_shows_no_older_figures(tmp_path):
+    write_card(tmp_path, FULL_RUN)
+    assert len(list(tmp_path.glob("*.png"))) == 2
+    assert ".png" not in write_card(tmp_path, MINIMAL_RUN).read_text(encoding="utf-8")
+    assert not list(tmp_path.glob("*.png"))
+
+
 def test_numpy_numbers_become_yaml_numbers():
     run = TrainingRun(name="out", dataset="someone/flowers", results={"accuracy": np.float32(0.75)})
     assert ModelCard(str(render_card(run))).data.eval_results[0].metric_value == 0.75

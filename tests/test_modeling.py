@@ -33,7 +33,6 @@ from modeling_vit_custom.modeling_vit_custom import (
     PatchMerging,
     patchify,
     sincos2d_positions,
-    unpatchify,
 )
 
 
@@ -647,14 +646,12 @@ def numbered_patches(images: torch.Tensor, side: int) -> torch.Tensor:
     return torch.stack(patches, dim=1)
 
 
-def test_patchify_and_back():
+def test_patchify_pads_at_the_bottom_and_right():
     images = random_images(2, 24, 40)
     assert torch.equal(patchify(images, 8), numbered_patches(images, 8))
-    assert torch.equal(unpatchify(patchify(images, 8), 8, (24, 40)), images)
     odd = random_images(2, 21, 34)
     padded = F.pad(odd, (0, 6, 0, 3))
     assert torch.equal(patchify(odd, 8), numbered_patches(padded, 8))
-    assert torch.equal(unpatchify(patchify(odd, 8), 8, (21, 34)), odd)
 
 
 @pytest.mark.parametrize("name", ONE_STAGE_ARCHITECTURES)

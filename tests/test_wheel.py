@@ -1,6 +1,7 @@
 """The built wheel, installed away from the checkout, does what the checkout does."""
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -12,15 +13,21 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = {"model_cards", "modeling_vit_custom", "trainers"}
 RUN = ["-m", "trainers.finetune", "--recipe", "quickstart", "--max_steps", "2", "--disable_tqdm", "true"]
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     # Without isolation, because a build environment of its own would be fetched from the network.
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    built = subprocess.run(command, capture_output=True, text=True)
+    # From a copy, because what an earlier build left in the checkout would be packed as well.
+    folder, source = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, source / name)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)]
+    built = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert built.returncode == 0, built.stdout + built.stderr
     return next(folder.glob("*.whl"))
 
@@ -30,7 +37,7 @@ def test_it_holds_the_packages_and_their_data(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     packages = {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")}
-    assert packages == {"model_cards", "modeling_vit_custom", "trainers"}
+    assert packages == PACKAGES
     assert {"model_cards/template.md", "trainers/recipes/quickstart.yaml"} <= set(names)
     assert not [name for name in names if "test" in name or "__pycache__" in name]
 
@@ -46,10 +53,14 @@ def test_it_trains_in_an_environment_that_has_no_checkout(wheel, tmp_path):
     (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
 
     where = subprocess.run(
-        [python, "-c", "import trainers; print(trainers.__file__)"], cwd=tmp_path, capture_output=True, text=True
+        [python, "-c", "import trainers; print(trainers.__file__)"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert where.stdout.strip() == str(site_packages / "trainers" / "__init__.py"), where.stderr
-    ended = subprocess.run([python, *RUN], cwd=tmp_path, env=os.environ, capture_output=True, text=True)
+    ended = subprocess.run([python, *RUN], cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     assert "3 held-out images through pipeline" in ended.stdout
     assert (tmp_path / "runs" / "digits" / "modeling_vit_custom.py").is_file()

@@ -98,8 +98,9 @@ def random_images(batch_size: int = 2, height: int = 32, width: int = 32, seed: 
 def main_output(model, images: Tensor) -> Tensor:
     """What a head is for, with the randomness of masks taken out."""
     if isinstance(model, ViTCustomForPreTraining):
-        noise = torch.rand(images.shape[0], model.model.stages[0].position_embedding.weight.shape[1])
-        return model(images, noise=noise).logits
+        rows, columns = model.model.feature_grids(tuple(images.shape[-2:]))[0]
+        noise = torch.rand(images.shape[0], rows * columns, generator=torch.Generator().manual_seed(2))
+        return model(images, noise=noise.to(images.device)).logits
     if isinstance(model, ViTCustomForMaskedImageModeling):
         grid = model.model.feature_grids(tuple(images.shape[-2:]))[0]
         mask = torch.arange(grid[0] * grid[1]).expand(images.shape[0], -1) % 3 == 0

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -263,9 +264,11 @@ def to_argv(fields: dict) -> list[str]:
     """
     argv = []
     for name, value in fields.items():
-        if isinstance(value, list):
+        if isinstance(value, list) and value:
             argv += [f"--{name}", *map(str, value)]
-        elif value is not None:
+        elif isinstance(value, dict):
+            argv.append(f"--{name}={json.dumps(value)}")
+        elif value not in (None, []):
             argv.append(f"--{name}={value}")
     return argv
 

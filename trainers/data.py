@@ -21,6 +21,7 @@ from trainers.arguments import DataArguments
 IMAGE, LABEL = "image", "label"
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+METADATA_FILES = ("metadata.csv", "metadata.jsonl")  # what the library's reader knows
 BUILT_IN_TITLES = {"digits": "scikit-learn's handwritten digits"}
 HUB_ID_SHAPE = "a Hub data set such as user/name"
 
@@ -40,9 +41,11 @@ def load_splits(arguments: DataArguments) -> DatasetDict:
         if len(splits) > 1:
             raise ValueError(f"data set {arguments.dataset!r} has splits {', '.join(splits)} but no {TRAIN!r}")
         splits = DatasetDict({TRAIN: next(iter(splits.values()))})
-    for name in VALIDATION_NAMES:
-        if name in splits and name != VALIDATION:
-            splits[VALIDATION] = splits.pop(name)
+    validations = [name for name in VALIDATION_NAMES if name in splits]
+    if len(validations) > 1:
+        raise ValueError(f"data set {arguments.dataset!r} has two validation splits: {', '.join(validations)}")
+    if validations:
+        splits[VALIDATION] = splits.pop(validations[0])
     splits = DatasetDict({name: splits[name] for name in (TRAIN, VALIDATION, TEST) if name in splits})
     splits = _name_columns(splits, arguments)
     splits = _make_class_labels(splits, arguments.dataset)
@@ -120,7 +123,7 @@ def _load_folder(folder: Path) -> DatasetDict:
     try:
         if any(folder.rglob("*.parquet")):
             return datasets.load_dataset(str(folder))
-        if any(folder.rglob("metadata.*")):
+        if any(path.name in METADATA_FILES for path in folder.rglob("metadata.*")):
             return datasets.load_dataset("imagefolder", data_dir=str(folder))
     except Exception as error:
         # Builders fail in many ways; each means that this folder leads to no data.
@@ -135,7 +138,7 @@ def _read_image_folder(folder: Path) -> DatasetDict:
     """
     roots = {path.name.lower(): path for path in _sub_folders(folder)}
     found = {name: roots[name] for name in (TRAIN, *VALIDATION_NAMES, TEST) if name in roots}
-    others = sorted(roots.keys() - found.keys())
+    others = sorted(path.name for path in _sub_folders(folder) if path not in found.values())
     if found and others:
         raise ValueError(
             f"folder {str(folder)!r} holds {others[0]!r} beside the splits {', '.join(found)}: move it away, or the "

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 from datasets import Dataset, DatasetDict
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -26,7 +27,6 @@ from transformers import (
     pipeline,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from model_cards.card import TrainingRun, write_card
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         trained = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     except KeyboardInterrupt:
-        saved = get_last_checkpoint(training_args.output_dir)
+        saved = last_checkpoint(training_args.output_dir)
         further = f"go on from {saved} by --resume_from_checkpoint true" if saved else "nothing was saved yet"
         print(f"\nfinetune: interrupted at step {trainer.state.global_step}: {further}", file=sys.stderr)
         raise SystemExit(130) from None
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         wall_time=wall_time,
     )
     write_card(output_dir, run)
-    write_recipe(output_dir / "recipe.yaml", given)
+    write_recipe(output_dir / "recipe.yaml", {name: value for name, value in given.items() if name != "output_dir"})
     print(f"\n{reported} accuracy {results['accuracy']:.2%} after {wall_time:.0f} s of training; saved to {output_dir}")
     show_predictions(output_dir, splits[reported], model_args.trust_remote_code)
 
@@ -169,7 +169,7 @@ def check_output_dir(training_args: TrainingArguments) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir {str(folder)!r} is a file: give a folder")
     if training_args.resume_from_checkpoint in ("true", "True"):
-        training_args.resume_from_checkpoint = get_last_checkpoint(folder) if folder.exists() else None
+        training_args.resume_from_checkpoint = last_checkpoint(folder)
         if training_args.resume_from_checkpoint is None:
             raise ValueError(f"output_dir {str(folder)!r} holds no checkpoint to resume from")
     checkpoint = training_args.resume_from_checkpoint
@@ -237,10 +237,14 @@ def make_model(arguments: ModelArguments, labels: list[str]) -> tuple[PreTrained
     overrides["problem_type"] = "single_label_classification"
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what was made anew is judged below
-    model, loading = AutoModelForImageClassification.from_pretrained(
-        arguments.model, **origin, **names, **overrides, ignore_mismatched_sizes=True, output_loading_info=True
-    )
-    logging.set_verbosity(verbosity)
+    try:
+        model, loading = AutoModelForImageClassification.from_pretrained(
+            arguments.model, **origin, **names, **overrides, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        raise ValueError(f"cannot open the model {arguments.model!r}: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     # A new head starts from random weights, the encoder must not.
     made_anew = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
     encoder = sorted(key for key in made_anew if key.startswith(f"{model.base_model_prefix}."))
@@ -254,6 +258,7 @@ def make_model(arguments: ModelArguments, labels: list[str]) -> tuple[PreTrained
             raise ValueError(f"--image_size: a {type(model).__name__} cannot be resized; leave it out")
         model.resize_image_size(arguments.image_size)
         processor.size = {"height": arguments.image_size, "width": arguments.image_size}
+        processor.crop_size = processor.size
     return model, processor
 
 
@@ -271,12 +276,14 @@ def read_processor(processor: BaseImageProcessor) -> tuple[tuple[int, int], list
     """Size (H, W) of the images that a processor makes, and the mean and deviation that it normalises by.
 
     Raises:
-        ValueError: if the size depends on the image.
+        ValueError: if the size depends on the image, or pixels are not scaled to 0..1.
     """
     cropped = getattr(processor, "do_center_crop", False)
     size = dict(processor.crop_size if cropped else processor.size)
     if not size.get("height") or not size.get("width"):
         raise ValueError(f"the image processor's size {size} must have a height and a width")
+    if not processor.do_rescale or abs(processor.rescale_factor * 255 - 1) > 1e-6:
+        raise ValueError(f"the image processor rescales by {processor.rescale_factor}, not by 1/255")
     if not getattr(processor, "do_normalize", True):
         return (size["height"], size["width"]), [0.0] * 3, [1.0] * 3
     return (size["height"], size["width"]), list(processor.image_mean), list(processor.image_std)
@@ -311,8 +318,14 @@ def parse_overrides(overrides: list[str]) -> dict:
 
 def hide_folders(argument: str) -> str:
     """The last part of an absolute path: the whole may say more of its owner than of what lies there."""
-    name, equals, path = argument.rpartition("=")
-    return f"{name}{equals}{Path(path).name}" if Path(path).is_absolute() else argument
+    flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{flag}{equals}{Path(value).name if Path(value).is_absolute() else value}"
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint that was written to its end."""
+    states = Path(folder).glob("checkpoint-*/trainer_state.json")
+    return max((str(state.parent) for state in states), key=lambda path: int(path.rpartition("-")[2]), default=None)
 
 
 def describe(
