@@ -198,7 +198,7 @@ class PatchDropout(nn.Module):
         self.rate = rate
 
     def forward(self, patches: Tensor) -> Tensor:
-        if not self.training:
+        if not self.training or self.rate == 0:
             return patches
         batch_size, num_patches = patches.shape[:2]
         num_kept = max(1, int(num_patches * (1 - self.rate)))
@@ -440,18 +440,39 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Drop a residual branch for whole images while training (https://arxiv.org/abs/1603.09382), keeping the mean."""
+    """Drop a residual branch for whole images while training (https://arxiv.org/abs/1603.09382), keeping the mean.
+
+    A fixed share of the batch is dropped and not computed (https://arxiv.org/abs/2304.07193, section 5). Where the
+    share is less than an image, or every image's branch is wanted, branches are computed and dropped one by one.
+    """
 
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        if not self.training:
-            return hidden_states
+    def choose(self, hidden_states: Tensor, keep_all: bool = False) -> Tensor | None:
+        """Rows of the batch whose branch is to be computed; none stands for all."""
+        batch_size = hidden_states.shape[0]
+        num_kept = max(1, round(batch_size * (1 - self.rate)))
+        if not self.training or num_kept == batch_size or keep_all:
+            return None
+        return torch.randperm(batch_size, device=hidden_states.device)[:num_kept]
+
+    def add(self, hidden_states: Tensor, branch: Tensor, rows: Tensor | None) -> Tensor:
+        """The residual sum, with a branch of the chosen rows."""
+        if rows is not None:
+            scale = hidden_states.shape[0] / rows.shape[0]
+            return hidden_states.index_add(0, rows, branch.to(hidden_states.dtype), alpha=scale)
+        if not self.training or self.rate == 0:
+            return hidden_states + branch
         keep = 1 - self.rate
-        kept = torch.rand(hidden_states.shape[0], 1, 1, device=hidden_states.device) < keep
-        return hidden_states * (kept / keep).to(hidden_states.dtype)
+        kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) < keep
+        return hidden_states + branch * (kept / keep).to(branch.dtype)
+
+
+def select_rows(hidden_states: Tensor, rows: Tensor | None) -> Tensor:
+    """(B, T, D), (b,) or none for all -> (b, T, D)."""
+    return hidden_states if rows is None else hidden_states[rows]
 
 
 class EncoderBlock(GradientCheckpointingLayer):
@@ -466,16 +487,19 @@ class EncoderBlock(GradientCheckpointingLayer):
         scales = config.layer_scale_init_value is not None
         self.attention_scale = LayerScale(stage.hidden_size, config.layer_scale_init_value) if scales else nn.Identity()
         self.mlp_scale = LayerScale(stage.hidden_size, config.layer_scale_init_value) if scales else nn.Identity()
-        rate = stage.drop_path_rates[index]
-        self.drop_path = DropPath(rate) if rate > 0 else nn.Identity()
+        self.drop_path = DropPath(stage.drop_path_rates[index])
 
     def forward(
         self, hidden_states: Tensor, grid: tuple[int, int], output_attentions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        attended, weights = self.attention(self.attention_norm(hidden_states), grid, output_attentions)
-        hidden_states = hidden_states + self.drop_path(self.attention_scale(attended))
-        transformed = self.mlp(self.mlp_norm(hidden_states))
-        return hidden_states + self.drop_path(self.mlp_scale(transformed)), weights
+        rows = self.drop_path.choose(hidden_states, keep_all=output_attentions)
+        tokens = self.attention_norm(select_rows(hidden_states, rows))
+        attended, weights = self.attention(tokens, grid, output_attentions)
+        hidden_states = self.drop_path.add(hidden_states, self.attention_scale(attended), rows)
+
+        rows = self.drop_path.choose(hidden_states)
+        transformed = self.mlp(self.mlp_norm(select_rows(hidden_states, rows)))
+        return self.drop_path.add(hidden_states, self.mlp_scale(transformed), rows), weights
 
 
 def make_attention(config: ViTCustomConfig, stage: StageConfig, index: int) -> Attention:

@@ -6,13 +6,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torchvision.transforms import v2
+from torchvision.transforms.v2 import Compose
 from transformers import ViTImageProcessor
 
 from trainers.arguments import AugmentationArguments, DataArguments
-from trainers.augmentation import train_transform
+from trainers.augmentation import Augmentation, Crop
 from trainers.data import label_names, load_splits, processor_transform, with_transform
 
 
@@ -246,7 +245,8 @@ def test_a_test_split_without_labels_is_left_out(tmp_path):
 def test_workers_of_any_start_method_can_take_the_transforms(tmp_path):
     splits = load_splits(DataArguments(dataset="digits"))
     processor = ViTImageProcessor(size={"height": 8, "width": 8})
-    transform = train_transform(AugmentationArguments(rotation=5), (8, 8), [0.5] * 3, [0.5] * 3)
+    arguments = AugmentationArguments(rotation=5, auto_augment="rand-m9-mstd0.5-inc1")
+    transform = Compose([Crop(arguments, (8, 8)), Augmentation(arguments, [0.5] * 3, [0.5] * 3)])
     for chosen in (transform, processor_transform(processor)):
         copied = pickle.loads(pickle.dumps(with_transform(splits["validation"], chosen)))
         assert copied[0]["pixel_values"].shape == (3, 8, 8)
@@ -307,36 +307,3 @@ def test_labels_that_are_no_classes_are_refused(tmp_path, labels, feature, messa
 def test_a_share_must_be_a_share(fraction):
     with pytest.raises(ValueError, match=f"validation_fraction={fraction} must lie between 0 and 1"):
         load_splits(DataArguments(dataset="digits", validation_fraction=fraction))
-
-
-def test_training_transform_without_changes_is_resize_and_normalise():
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8))
-    transform = train_transform(AugmentationArguments(), (8, 8), [0.5] * 3, [0.5] * 3)
-    expected = v2.functional.pil_to_tensor(image).float() / 255 * 2 - 1
-    torch.testing.assert_close(transform([image, image]), torch.stack([expected, expected]))
-
-
-def test_training_transform_gives_every_image_its_own_parameters():
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
-    options = {"rotation": 20, "translation": 0.2, "zoom": 0.2}
-    for arguments in (AugmentationArguments(**options), AugmentationArguments(min_crop=0.3)):
-        batch = train_transform(arguments, (16, 16), [0.5] * 3, [0.5] * 3)([image] * 4)
-        assert batch.shape == (4, 3, 16, 16)
-        assert all((batch[0] != other).any() for other in batch[1:])
-    flipped = train_transform(AugmentationArguments(horizontal_flip=1.0), (16, 16), [0.5] * 3, [0.5] * 3)([image])
-    plain = train_transform(AugmentationArguments(), (16, 16), [0.5] * 3, [0.5] * 3)([image])
-    torch.testing.assert_close(flipped.flip(3), plain)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"horizontal_flip": 1.5}, r"horizontal_flip=1\.5 must lie"),
-        ({"translation": -1}, "translation=-1 must lie"),
-        ({"min_crop": 0.0}, r"min_crop=0\.0 must lie"),
-        ({"zoom": 1.0}, "zoom"),
-    ],
-)
-def test_impossible_augmentation_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        train_transform(AugmentationArguments(**options), (8, 8), [0.5] * 3, [0.5] * 3)

@@ -26,16 +26,18 @@ from modeling_vit_custom import ViTCustomForImageClassification, preset_config
 from trainers.arguments import (
     AugmentationArguments,
     DataArguments,
+    LossArguments,
     ModelArguments,
     TrainingArguments,
     list_recipes,
     parse_arguments,
     read_recipe,
 )
-from trainers.augmentation import train_transform
+from trainers.augmentation import Augmentation, Crop
 from trainers.data import load_splits, processor_transform
-from trainers.finetune import hide_folders, last_checkpoint, make_model, parse_overrides, read_processor
+from trainers.finetune import hide_folders, last_checkpoint
 from trainers.finetune import main as finetune
+from trainers.models import make_model, parse_overrides, read_processor
 
 
 SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "8", "--disable_tqdm", "true", "--report_to", "none"]
@@ -63,7 +65,7 @@ def checkpoint(tmp_path_factory):
 
 
 def parse(argv):
-    dataclasses = [ModelArguments, DataArguments, AugmentationArguments, TrainingArguments]
+    dataclasses = [ModelArguments, DataArguments, AugmentationArguments, LossArguments, TrainingArguments]
     return parse_arguments(dataclasses, argv, "finetune", "", "")
 
 
@@ -279,7 +281,7 @@ def test_a_mistake_ends_the_process_with_2_and_no_traceback(tmp_path):
 def test_a_recipe_lies_between_defaults_and_flags(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("dataset: digits\nmodel: vit_nano_patch2_8\nlearning_rate: 1e-3\nrotation: 5\n")
-    _, data, augmentation, training, given = parse(["--recipe", str(recipe), "--rotation", "7"])
+    _, data, augmentation, _, training, given = parse(["--recipe", str(recipe), "--rotation", "7"])
     assert data.dataset == "digits"
     assert training.learning_rate == 1e-3
     assert augmentation.rotation == 7
@@ -301,7 +303,7 @@ def test_an_unknown_recipe_field_is_named(tmp_path):
     recipe.write_text(
         "model: vit_nano_patch2_8\ndataset: digits\nlr_scheduler_kwargs: {num_cycles: 2}\nconfig_overrides: []\n"
     )
-    assert parse(["--recipe", str(recipe)])[3].lr_scheduler_kwargs == {"num_cycles": 2}
+    assert parse(["--recipe", str(recipe)])[4].lr_scheduler_kwargs == {"num_cycles": 2}
     recipe.write_text("model: vit_nano_patch2_8\ndataset: digits\nrotation: much\nmin_crop: null\n")
     with pytest.raises(ValueError, match="invalid float value: 'much'"):
         parse(["--recipe", str(recipe)])
@@ -325,7 +327,7 @@ def test_help_shows_fields_and_examples(capsys):
     assert "--recipe quickstart" in printed
     assert "--min_crop" in printed
     assert len(printed.split("options:")[0].splitlines()) < 10
-    assert all(f"\n{group}:\n" in printed for group in ("model", "data", "augmentation", "training"))
+    assert all(f"\n{group}:\n" in printed for group in ("model", "data", "augmentation", "loss", "training"))
     assert "--bf16 true|false" in printed
     assert "--adam_beta1" not in printed
 
@@ -369,7 +371,8 @@ def test_processors_are_read_as_they_work():
 def test_training_and_evaluation_see_the_same_pixels(options):
     processor = ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.1, 0.2, 0.3], **options)
     images = [Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8))]
-    trained = train_transform(AugmentationArguments(), *read_processor(processor))(images)
+    size, mean, std = read_processor(processor)
+    trained = Augmentation(AugmentationArguments(), mean, std)(Crop(AugmentationArguments(), size)(images))
     torch.testing.assert_close(trained, processor_transform(processor)(images), rtol=0, atol=1e-6)
 
 

@@ -250,15 +250,44 @@ def test_qk_norm_makes_attention_blind_to_the_scale_of_queries(architecture):
     torch.testing.assert_close(model(images).logits, before, rtol=1e-3, atol=1e-3)
 
 
-def test_drop_path_keeps_the_mean_and_drops_whole_images():
-    drop_path = DropPath(0.25).train()
-    ones = torch.ones(20_000, 3, 2)
-    dropped = drop_path(ones)
-    assert dropped.mean().item() == pytest.approx(1, abs=0.02)
-    kept = dropped[:, 0, 0] > 0
-    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.02)
-    assert torch.equal(dropped, (kept / 0.75).float()[:, None, None].expand_as(dropped))
-    assert torch.equal(drop_path.eval()(ones), ones)
+def apply_drop_path(drop_path: DropPath, branch: torch.Tensor) -> torch.Tensor:
+    zeros = torch.zeros_like(branch)
+    rows = drop_path.choose(zeros)
+    return drop_path.add(zeros, branch if rows is None else branch[rows], rows)
+
+
+def test_drop_path_drops_a_fixed_share_and_keeps_the_mean():
+    drop_path, ones = DropPath(0.25).train(), torch.ones(32, 3, 2)
+    results = torch.stack([apply_drop_path(drop_path, ones) for _ in range(2000)])
+    kept = results[:, :, 0, 0] > 0
+    assert torch.equal(results, (kept * 32 / 24)[..., None, None].expand_as(results))
+    assert (kept.sum(dim=1) == 24).all()
+    torch.testing.assert_close(kept.float().mean(dim=0), torch.full((32,), 0.75), rtol=0, atol=0.05)
+    assert torch.equal(apply_drop_path(drop_path.eval(), ones), ones)
+    assert torch.equal(apply_drop_path(DropPath(0.0).train(), ones), ones)
+
+
+def test_drop_path_of_less_than_an_image_drops_one_by_one():
+    drop_path, ones = DropPath(0.1).train(), torch.ones(4, 3, 2)
+    results = torch.stack([apply_drop_path(drop_path, ones) for _ in range(5000)])
+    kept = results[:, :, 0, 0] > 0
+    torch.testing.assert_close(results, (kept / 0.9)[..., None, None].expand_as(results))
+    assert kept.float().mean().item() == pytest.approx(0.9, abs=0.01)
+    assert kept.sum(dim=1).unique().numel() > 2
+
+
+def test_dropped_branches_are_not_computed(architecture):
+    model = tiny_model(ViTCustomModel, architecture, drop_path_rate=0.5, drop_path_schedule="constant").train()
+    sizes = []
+    for module in model.modules():
+        if type(module).__name__ in ("MLP", "GlobalAttention", "SpatialReductionAttention", "WindowAttention"):
+            module.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[0]))
+    model(random_images(8))
+    assert sizes == [4] * 2 * model.config.num_hidden_layers
+    sizes.clear()
+    attentions = model(random_images(8), output_attentions=True).attentions
+    assert sizes == [8, 4] * model.config.num_hidden_layers
+    assert all(weights.shape[0] % 8 == 0 for weights in attentions)
 
 
 def test_drop_path_acts_on_both_branches(architecture):

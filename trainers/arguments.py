@@ -22,6 +22,7 @@ from transformers.hf_argparser import string_to_bool
 
 RECIPES = Path(__file__).parent / "recipes"
 # Of the Trainer's hundred arguments, those that `--help` shows beside the ones with defaults of their own.
+OPTIMIZERS = ("adamw", "sgd", "lamb", "lars", "muon")
 SHOWN_OF_TRAINER = {
     "help",
     "bf16",
@@ -91,10 +92,65 @@ class AugmentationArguments:
         default=None,
         metadata={"help": "Random resized crop of at least this share of the area, e.g. 0.35. Default: no crop."},
     )
+    crop_padding: int = field(
+        default=0, metadata={"help": "Or a random crop after padding the resized image by this many pixels, mirrored."}
+    )
+    interpolation: str = field(default="bilinear", metadata={"help": "Of crops: bilinear or bicubic."})
     horizontal_flip: float = field(default=0.0, metadata={"help": "Probability of mirroring left and right."})
     rotation: float = field(default=0.0, metadata={"help": "Rotate by up to this many degrees."})
     translation: float = field(default=0.0, metadata={"help": "Shift by up to this share of each side."})
     zoom: float = field(default=0.0, metadata={"help": "Scale by up to this share, larger or smaller."})
+    auto_augment: str | None = field(
+        default=None,
+        metadata={
+            "help": "rand-m9-mstd0.5-inc1 (RandAugment, other numbers as well), 3a (3-Augment), imagenet or cifar10 "
+            "(AutoAugment). Default: none."
+        },
+    )
+    color_jitter: float = field(
+        default=0.0, metadata={"help": "Change brightness, contrast and saturation by up to this share."}
+    )
+    erasing: float = field(default=0.0, metadata={"help": "Probability of replacing a rectangle by noise."})
+    mixup: float = field(default=0.0, metadata={"help": "Beta distribution of Mixup, e.g. 0.8; 0 is off."})
+    cutmix: float = field(default=0.0, metadata={"help": "The same for CutMix, e.g. 1.0."})
+    mix_probability: float = field(default=1.0, metadata={"help": "Share of the images that are mixed."})
+    mix_switch_probability: float = field(
+        default=0.5, metadata={"help": "Probability of CutMix where Mixup is on as well."}
+    )
+    repeated_augmentation: int = field(
+        default=1, metadata={"help": "See each image this many times in a batch, and accordingly fewer images."}
+    )
+    augment_on_device: bool = field(
+        default=True,
+        metadata={"help": "Augment whole batches on the training device; false: in the data loader's workers."},
+    )
+
+
+@dataclass
+class LossArguments:
+    """What a classifier is trained towards."""
+
+    _argument_group_name: ClassVar[str] = "loss"
+
+    loss: str = field(default="cross_entropy", metadata={"help": "cross_entropy or binary_cross_entropy."})
+    label_smoothing: float = field(default=0.0, metadata={"help": "Probability to spread over all classes."})
+    class_weight_beta: float = field(
+        default=0.0,
+        metadata={"help": "Weigh classes by their effective number of images with this beta, e.g. 0.999; 0 is off."},
+    )
+    logit_adjustment: float = field(
+        default=0.0, metadata={"help": "Strength of logit adjustment by class frequency, e.g. 1.0; 0 is off."}
+    )
+    class_balanced_sampling: bool = field(default=False, metadata={"help": "Draw every class equally often."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a classifier to distil, of any kind. Default: none."}
+    )
+    trust_teacher_code: bool = field(
+        default=False, metadata={"help": "Run the Python files that come with the teacher; read them first."}
+    )
+    distillation: str = field(default="hard", metadata={"help": "Learn the teacher's class (hard) or scores (soft)."})
+    distillation_weight: float = field(default=0.5, metadata={"help": "Share of the teacher in the loss."})
+    distillation_temperature: float = field(default=1.0, metadata={"help": "Of soft distillation."})
 
 
 @dataclass
@@ -108,8 +164,21 @@ class TrainingArguments(transformers.TrainingArguments):
     num_train_epochs: float = field(default=10, metadata={"help": "Passes over the training images."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Images in a step on each device."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "The same for evaluation."})
+    optimizer: str = field(default="adamw", metadata={"help": "adamw, sgd, lamb, lars or muon."})
     learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
+    base_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate for 256 images a step, to be scaled with their number."}
+    )
     weight_decay: float = field(default=0.05, metadata={"help": "Decoupled weight decay."})
+    layer_decay: float = field(
+        default=1.0, metadata={"help": "Factor of the learning rate from each block to the one before it."}
+    )
+    momentum: float = field(default=0.9, metadata={"help": "Of sgd and lars."})
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "Average the weights with this decay, e.g. 0.999, for evaluation; 0 is off."}
+    )
+    unmixed_epochs: float = field(default=0.0, metadata={"help": "Last epochs without Mixup and CutMix."})
+    unmasked_epochs: float = field(default=0.0, metadata={"help": "Last epochs without patch dropout."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate's decay."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up, or their share if below 1."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
@@ -131,6 +200,14 @@ class TrainingArguments(transformers.TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise ValueError(f"num_train_epochs={self.num_train_epochs} must be above 0, or max_steps be given")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer={self.optimizer!r} must be one of {', '.join(OPTIMIZERS)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} must lie in [0, 1)")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay={self.layer_decay} must lie in (0, 1]")
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor smooths the evaluation as well: use label_smoothing")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate={self.learning_rate} must be above 0")
         if self.dataloader_drop_last:
@@ -142,6 +219,9 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.push_to_hub:
             raise ValueError("push_to_hub=True would publish another card: upload the finished folder by `hf upload`")
         super().__post_init__()
+        if self.base_learning_rate is not None:
+            images = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+            self.learning_rate = self.base_learning_rate * images / 256
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

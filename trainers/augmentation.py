@@ -1,25 +1,90 @@
-"""Random changes of a training image."""
+"""Random changes of training images.
 
+A crop works on one decoded image, in the data loader's workers. All that comes after it works on a whole batch of
+8-bit images, each with parameters of its own, and therefore in the workers or on the training device alike.
+"""
+
+import math
+import re
 from collections.abc import Callable, Sequence
-from functools import partial
 
+import PIL.Image
 import torch
-from PIL.Image import Image
+import torchvision
 from torch import Tensor
 from torchvision.transforms import v2
 
+from trainers import image_ops
 from trainers.arguments import AugmentationArguments
 
 
-def train_transform(
-    arguments: AugmentationArguments, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
-) -> Callable:
-    """PIL images -> pixels (B, C, H, W), each image with random parameters of its own.
+class Crop:
+    """Images of any size -> one batch of 8-bit pixels (B, C, H, W)."""
+
+    def __init__(self, arguments: AugmentationArguments, size: tuple[int, int]):
+        interpolation = v2.InterpolationMode(arguments.interpolation)
+        if arguments.min_crop is not None:
+            cut = [v2.RandomResizedCrop(size, scale=(arguments.min_crop, 1.0), interpolation=interpolation)]
+        elif arguments.crop_padding:
+            # DeiT III's simple random crop, https://arxiv.org/abs/2204.07118, section 3.2: the shorter side fits.
+            cut = [
+                v2.Resize(min(size), interpolation) if size[0] == size[1] else v2.Resize(size, interpolation),
+                v2.RandomCrop(size, padding=arguments.crop_padding, padding_mode="reflect"),
+            ]
+        else:
+            cut = [v2.Resize(size, interpolation)]
+        self.change = v2.Compose([*cut, v2.PILToTensor()])
+
+    def __call__(self, images: list[PIL.Image.Image]) -> Tensor:
+        return torch.stack([self.change(image) for image in images])
+
+
+class Augmentation:
+    """8-bit pixels (B, C, H, W) -> normalised pixels (B, C, H, W), each image changed by parameters of its own.
+
+    Parameters are drawn on the CPU, so that a seed gives the same ones wherever the pixels are.
 
     Raises:
-        ValueError: if a probability or share is out of range.
+        ValueError: if a probability or share is out of range, or there is no such policy.
     """
-    for name in ("horizontal_flip", "translation", "zoom"):
+
+    def __init__(self, arguments: AugmentationArguments, mean: Sequence[float], std: Sequence[float]):
+        check_arguments(arguments)
+        self.arguments = arguments
+        self.mean, self.std = torch.tensor(mean), torch.tensor(std)
+        self.policy = make_policy(arguments.auto_augment) if arguments.auto_augment else None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        arguments = self.arguments
+        fill = (self.mean * 255).round().to(images.device)
+        pixels = images.float()
+        if arguments.horizontal_flip:
+            flipped = _each(torch.rand(len(pixels)) < arguments.horizontal_flip).to(pixels.device)
+            pixels = torch.where(flipped, pixels.flip(3), pixels)
+        if arguments.rotation or arguments.translation or arguments.zoom:
+            pixels = self.move(pixels)
+        if self.policy is not None:
+            pixels = self.policy(pixels, fill)
+        if arguments.color_jitter:
+            pixels = jitter_colors(pixels, arguments.color_jitter)
+        pixels = (pixels / 255 - _each_channel(self.mean, pixels)) / _each_channel(self.std, pixels)
+        return erase(pixels, arguments.erasing) if arguments.erasing else pixels
+
+    def move(self, pixels: Tensor) -> Tensor:
+        """Rotate, shift and scale in one go, black outside."""
+        size, count = tuple(pixels.shape[2:]), len(pixels)
+        degrees, right, down = (2 * torch.rand(3, count) - 1) * torch.tensor(
+            [[self.arguments.rotation], [self.arguments.translation * size[1]], [self.arguments.translation * size[0]]]
+        )
+        scale = 1 + (2 * torch.rand(count) - 1) * self.arguments.zoom
+        matrix = image_ops.rotate_and_scale(degrees, scale, size)
+        matrix[:, :, 2] += torch.stack([right, down], dim=1)
+        return image_ops.affine(pixels, matrix.to(pixels.device), pixels.new_zeros(pixels.shape[1]))
+
+
+def check_arguments(arguments: AugmentationArguments) -> None:
+    """Raises ValueError if a probability or share is out of range."""
+    for name in ("horizontal_flip", "translation", "zoom", "color_jitter", "erasing"):
         if not 0 <= getattr(arguments, name) <= 1:
             raise ValueError(f"{name}={getattr(arguments, name)} must lie between 0 and 1")
     if not 0 <= arguments.rotation <= 180:
@@ -29,26 +94,180 @@ def train_transform(
     if arguments.zoom == 1:
         raise ValueError("zoom=1.0 would shrink an image to nothing: choose a smaller share")
 
-    # Turning comes after resizing: at the model's size it costs least, and small images are blurred least by it.
-    steps = [v2.PILToTensor()]
-    if arguments.min_crop is not None:
-        steps.append(v2.RandomResizedCrop(size, scale=(arguments.min_crop, 1.0), antialias=True))
-    else:
-        steps.append(v2.Resize(size, antialias=True))
-    if arguments.rotation or arguments.translation or arguments.zoom:
-        steps.append(
-            v2.RandomAffine(
-                degrees=arguments.rotation,
-                translate=(arguments.translation, arguments.translation),
-                scale=(1 - arguments.zoom, 1 + arguments.zoom),
-                interpolation=v2.InterpolationMode.BILINEAR,
-            )
-        )
-    if arguments.horizontal_flip:
-        steps.append(v2.RandomHorizontalFlip(arguments.horizontal_flip))
-    finish = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
-    return partial(_transform, change=v2.Compose(steps), finish=finish)
+
+def _each(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1, 1)
 
 
-def _transform(images: list[Image], change: Callable, finish: Callable) -> Tensor:
-    return finish(torch.stack([change(image) for image in images]))
+def _each_channel(values: Tensor, pixels: Tensor) -> Tensor:
+    return values.to(pixels.device).view(1, -1, 1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------- policies
+
+# Operations with the argument that a level from 0 (none) to 1 (most) stands for. A level comes with a random sign.
+Operation = tuple[Callable, Callable[[Tensor, Tensor], Tensor]]
+
+
+def _enhance(level: Tensor, sign: Tensor) -> Tensor:
+    return (1 + 0.9 * level * sign).clamp(min=0.1)
+
+
+GEOMETRY = {
+    image_ops.rotate,
+    image_ops.shear_x,
+    image_ops.shear_y,
+    image_ops.translate_x,
+    image_ops.translate_y,
+}
+# https://arxiv.org/abs/1909.13719 with the ranges of the "increasing" variant that DeiT and Swin were trained with.
+RAND_AUGMENT: dict[str, Operation] = {
+    "AutoContrast": (image_ops.autocontrast, lambda level, sign: level),
+    "Equalize": (image_ops.equalize, lambda level, sign: level),
+    "Invert": (image_ops.invert, lambda level, sign: level),
+    "Rotate": (image_ops.rotate, lambda level, sign: 30 * level * sign),
+    "Posterize": (image_ops.posterize, lambda level, sign: 4 - (4 * level).floor()),
+    "Solarize": (image_ops.solarize, lambda level, sign: 256 - (256 * level).floor()),
+    "SolarizeAdd": (image_ops.solarize_add, lambda level, sign: (110 * level).floor()),
+    "Color": (image_ops.color, _enhance),
+    "Contrast": (image_ops.contrast, _enhance),
+    "Brightness": (image_ops.brightness, _enhance),
+    "Sharpness": (image_ops.sharpness, _enhance),
+    "ShearX": (image_ops.shear_x, lambda level, sign: 0.3 * level * sign),
+    "ShearY": (image_ops.shear_y, lambda level, sign: 0.3 * level * sign),
+    "TranslateX": (image_ops.translate_x, lambda level, sign: 0.45 * level * sign),
+    "TranslateY": (image_ops.translate_y, lambda level, sign: 0.45 * level * sign),
+}
+# https://arxiv.org/abs/1805.09501, where levels are tenths from 0 to 9.
+AUTO_AUGMENT: dict[str, Operation] = {
+    **RAND_AUGMENT,
+    "Posterize": (image_ops.posterize, lambda level, sign: 8 - (4 * level).round()),
+    "Solarize": (image_ops.solarize, lambda level, sign: 255 - 255 * level),
+    "TranslateX": (image_ops.translate_x, lambda level, sign: 150 / 331 * level * sign),
+    "TranslateY": (image_ops.translate_y, lambda level, sign: 150 / 331 * level * sign),
+}
+
+
+def apply(pixels: Tensor, operations: Sequence[Callable], choice: Tensor, argument: Tensor, fill: Tensor) -> Tensor:
+    """To each image its own operation, `choice` (B,) of them or none (-1), with its own argument (B,)."""
+    size, changed = tuple(pixels.shape[2:]), pixels.clone()
+    moved, matrices = [], []
+    for index in choice.unique().tolist():
+        rows = (choice == index).nonzero().flatten()
+        if index < 0:
+            continue
+        operation = operations[index]
+        if operation in GEOMETRY:
+            moved.append(rows)
+            matrices.append(operation(argument[rows], size))
+        else:
+            on_device = rows.to(pixels.device)
+            changed[on_device] = operation(pixels[on_device], argument[rows].to(pixels.device))
+    if moved:
+        rows = torch.cat(moved).to(pixels.device)
+        changed[rows] = image_ops.affine(pixels[rows], torch.cat(matrices).to(pixels.device), fill)
+    return changed
+
+
+class RandAugment:
+    """`num_operations` random operations one after the other, each with probability 0.5.
+
+    Levels are out of 10, normally distributed around `magnitude`.
+    """
+
+    def __init__(self, magnitude: float, magnitude_std: float = 0.0, num_operations: int = 2):
+        self.magnitude, self.magnitude_std, self.num_operations = magnitude, magnitude_std, num_operations
+
+    def __call__(self, pixels: Tensor, fill: Tensor) -> Tensor:
+        count = len(pixels)
+        for _ in range(self.num_operations):
+            choice = torch.randint(len(RAND_AUGMENT), (count,))
+            level = (self.magnitude + self.magnitude_std * torch.randn(count)).clamp(0, 10) / 10
+            pixels = apply_levels(pixels, RAND_AUGMENT, choice, level, torch.rand(count) < 0.5, fill)
+        return pixels
+
+
+class AutoAugment:
+    """One of the learnt pairs of operations, for ImageNet or CIFAR-10."""
+
+    def __init__(self, policy: torchvision.transforms.AutoAugmentPolicy):
+        names = list(AUTO_AUGMENT)
+        pairs = torchvision.transforms.AutoAugment(policy).policies
+        table = [[(names.index(name), chance, level or 0) for name, chance, level in pair] for pair in pairs]
+        self.table = torch.tensor(table, dtype=torch.float32)  # (pairs, 2, 3): operation, probability, level
+
+    def __call__(self, pixels: Tensor, fill: Tensor) -> Tensor:
+        pair = self.table[torch.randint(len(self.table), (len(pixels),))]
+        for operation in pair.unbind(1):
+            choice, chance, level = operation.unbind(1)
+            chosen = torch.rand(len(pixels)) < chance
+            pixels = apply_levels(pixels, AUTO_AUGMENT, choice.long(), level / 9, chosen, fill)
+        return pixels
+
+
+class ThreeAugment:
+    """Grey, solarised or blurred, one of the three (https://arxiv.org/abs/2204.07118, section 3.2)."""
+
+    operations = (image_ops.grayscale, image_ops.solarize, image_ops.gaussian_blur)
+
+    def __call__(self, pixels: Tensor, fill: Tensor) -> Tensor:
+        choice = torch.randint(3, (len(pixels),))
+        sigma = 0.1 + 1.9 * torch.rand(len(pixels))
+        return apply(pixels, self.operations, choice, torch.where(choice == 1, 128.0, sigma), fill)
+
+
+def apply_levels(
+    pixels: Tensor, table: dict[str, Operation], choice: Tensor, level: Tensor, chosen: Tensor, fill: Tensor
+) -> Tensor:
+    """To the chosen images (B,) their operation of the table at their level (B,), with random signs."""
+    operations, arguments = zip(*table.values())
+    sign = torch.randint(2, choice.shape) * 2.0 - 1
+    argument = torch.stack([argument(level, sign) for argument in arguments]).gather(0, choice[None])[0]
+    return apply(pixels, operations, choice.where(chosen, -1), argument, fill)
+
+
+def make_policy(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """`rand-m9-mstd0.5-inc1` (as in timm), `3a`, `imagenet` or `cifar10`.
+
+    Raises:
+        ValueError: if there is no such policy.
+    """
+    if name == "3a":
+        return ThreeAugment()
+    if name in ("imagenet", "cifar10"):
+        return AutoAugment(torchvision.transforms.AutoAugmentPolicy(name))
+    match = re.fullmatch(r"rand-m(?P<m>[\d.]+)(-n(?P<n>\d+))?(-mstd(?P<mstd>[\d.]+))?(-inc1)?", name)
+    if match is None:
+        raise ValueError(f"auto_augment={name!r} must be as rand-m9-mstd0.5-inc1, or one of 3a, imagenet, cifar10")
+    return RandAugment(float(match["m"]), float(match["mstd"] or 0), int(match["n"] or 2))
+
+
+def jitter_colors(pixels: Tensor, strength: float) -> Tensor:
+    """Brightness, contrast and saturation, in random order, by factors from 1 - strength to 1 + strength."""
+    operations = (image_ops.brightness, image_ops.contrast, image_ops.color)
+    order = torch.rand(len(pixels), len(operations)).argsort(dim=1)
+    for choice in order.unbind(1):
+        factor = 1 + strength * (2 * torch.rand(len(pixels)) - 1)
+        pixels = apply(pixels, operations, choice, factor, pixels.new_zeros(pixels.shape[1]))
+    return pixels
+
+
+def erase(pixels: Tensor, probability: float, attempts: int = 10) -> Tensor:
+    """Replace a rectangle by noise (https://arxiv.org/abs/1708.04896, "pixel mode") in normalised images.
+
+    Its area is 2 to 33 % of the image, its aspect ratio 0.3 to 3.3; where no attempt fits, nothing is erased.
+    """
+    count, height, width = pixels.shape[0], *pixels.shape[2:]
+    area = (0.02 + (1 / 3 - 0.02) * torch.rand(count, attempts)) * height * width
+    aspect = torch.exp((2 * torch.rand(count, attempts) - 1) * math.log(1 / 0.3))
+    sides = torch.stack([(area * aspect).sqrt().round(), (area / aspect).sqrt().round()])
+    fits = (sides[0] < height) & (sides[1] < width)
+    first = fits.int().argmax(dim=1, keepdim=True)
+    tall, wide = (side.gather(1, first)[:, 0] for side in sides)
+    erased = fits.any(dim=1) & (torch.rand(count) < probability)
+    top, left = (torch.rand(count) * (height - tall + 1)).floor(), (torch.rand(count) * (width - wide + 1)).floor()
+    rows, columns = torch.arange(height), torch.arange(width)
+    in_rows = (rows >= top[:, None]) & (rows < (top + tall)[:, None])
+    in_columns = (columns >= left[:, None]) & (columns < (left + wide)[:, None])
+    mask = (in_rows[:, :, None] & in_columns[:, None, :] & erased[:, None, None]).to(pixels.device)
+    return torch.where(mask.unsqueeze(1), torch.randn_like(pixels), pixels)

@@ -7,42 +7,28 @@ import shlex
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 
-import yaml
+import torch
 from datasets import Dataset, DatasetDict
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    BaseImageProcessor,
-    PreTrainedModel,
-    Trainer,
-    TrainerState,
-    ViTImageProcessor,
-    default_data_collator,
-    logging,
-    pipeline,
-    set_seed,
-)
-from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
+from torch.utils.data import Sampler
+from torchvision.transforms.v2 import Compose
+from transformers import PreTrainedModel, TrainerState, default_data_collator, pipeline, set_seed
 
 from model_cards.card import TrainingRun, write_card
 from model_cards.environment import describe_hardware, library_versions
-from modeling_vit_custom import ViTCustomConfig, ViTCustomForImageClassification, list_presets, preset_config
+from modeling_vit_custom import list_presets
 from trainers.arguments import (
     AugmentationArguments,
     DataArguments,
+    LossArguments,
     ModelArguments,
     TrainingArguments,
     parse_arguments,
     report_user_errors,
-    suggest,
     write_recipe,
 )
-from trainers.augmentation import train_transform
+from trainers.augmentation import Augmentation, Crop
 from trainers.data import (
     BUILT_IN_TITLES,
     IMAGE,
@@ -55,7 +41,13 @@ from trainers.data import (
     processor_transform,
     with_transform,
 )
+from trainers.losses import Criterion, effective_number_weights, logit_adjustment
 from trainers.metrics import compute_metrics, count_confusions
+from trainers.mixing import Mixing
+from trainers.models import make_model, read_processor
+from trainers.sampling import ClassBalancedSampler, RepeatedAugmentationSampler
+from trainers.teachers import Teacher
+from trainers.vit_trainer import TrainingDivergedError, ViTTrainer
 
 
 PROGRAM = "python -m trainers.finetune"
@@ -74,8 +66,8 @@ EXAMPLES = f"""\
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     with report_user_errors("finetune"):
-        model_args, data_args, augmentation_args, training_args, given = parse_arguments(
-            [ModelArguments, DataArguments, AugmentationArguments, TrainingArguments],
+        model_args, data_args, augmentation_args, loss_args, training_args, given = parse_arguments(
+            [ModelArguments, DataArguments, AugmentationArguments, LossArguments, TrainingArguments],
             argv,
             PROGRAM,
             __doc__,
@@ -86,15 +78,16 @@ def main(argv: list[str] | None = None) -> None:
         splits = load_splits(data_args)
         model, processor = make_model(model_args, label_names(splits))
         size, mean, std = read_processor(processor)
-        transform = train_transform(augmentation_args, size, mean, std)
-
-        train_dataset = with_transform(splits[TRAIN], transform)
+        crop, augmentation = Crop(augmentation_args, size), Augmentation(augmentation_args, mean, std)
+        on_device = augmentation_args.augment_on_device
+        train_dataset = with_transform(splits[TRAIN], crop if on_device else Compose([crop, augmentation]))
         evaluated = {
             name: with_transform(split, processor_transform(processor))
             for name, split in splits.items()
             if name != TRAIN
         }
-        trainer = Trainer(
+        counts = torch.bincount(torch.tensor(splits[TRAIN][LABEL]), minlength=model.config.num_labels)
+        trainer = ViTTrainer(
             model=model,
             args=training_args,
             data_collator=default_data_collator,
@@ -102,6 +95,13 @@ def main(argv: list[str] | None = None) -> None:
             eval_dataset=evaluated[VALIDATION],
             processing_class=processor,
             compute_metrics=compute_metrics,
+            augmentation=augmentation if on_device else None,
+            mixing=make_mixing(augmentation_args, loss_args, model.config.num_labels),
+            criterion=make_criterion(loss_args, counts),
+            sampler=make_sampler(augmentation_args, loss_args, splits[TRAIN][LABEL], training_args.seed),
+            teacher=Teacher(loss_args, label_names(splits), mean, std, training_args.device)
+            if loss_args.teacher
+            else None,
         )
     print(describe(model_args, model, splits, training_args))
     start = time.perf_counter()
@@ -112,9 +112,11 @@ def main(argv: list[str] | None = None) -> None:
         further = f"go on from {saved} by --resume_from_checkpoint true" if saved else "nothing was saved yet"
         print(f"\nfinetune: interrupted at step {trainer.state.global_step}: {further}", file=sys.stderr)
         raise SystemExit(130) from None
+    except TrainingDivergedError as error:
+        saved = last_checkpoint(training_args.output_dir)
+        kept = f"{saved} is from before" if saved else "nothing was saved before"
+        raise SystemExit(f"finetune: error: training diverged, {error}; {kept}: lower --learning_rate") from error
     wall_time = time.perf_counter() - start
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise SystemExit("finetune: error: training diverged, weights are not finite: lower --learning_rate")
     trainer.save_metrics(TRAIN, trained.metrics)
     trainer.save_state()
 
@@ -157,6 +159,41 @@ def main(argv: list[str] | None = None) -> None:
     show_predictions(output_dir, splits[reported], model_args.trust_remote_code)
 
 
+def make_mixing(arguments: AugmentationArguments, loss_arguments: LossArguments, num_labels: int) -> Mixing:
+    return Mixing(
+        arguments.mixup,
+        arguments.cutmix,
+        arguments.mix_probability,
+        arguments.mix_switch_probability,
+        num_labels,
+        loss_arguments.label_smoothing,
+    )
+
+
+def make_criterion(arguments: LossArguments, counts: torch.Tensor) -> Criterion:
+    """The loss, given the number of training images of each class (L,)."""
+    beta, strength = arguments.class_weight_beta, arguments.logit_adjustment
+    return Criterion(
+        loss=arguments.loss,
+        class_weights=effective_number_weights(counts, beta) if beta else None,
+        logit_adjustment=logit_adjustment(counts, strength) if strength else None,
+        distillation=arguments.distillation,
+        distillation_weight=arguments.distillation_weight,
+        temperature=arguments.distillation_temperature,
+    )
+
+
+def make_sampler(
+    arguments: AugmentationArguments, loss_arguments: LossArguments, labels: list[int], seed: int
+) -> Sampler | None:
+    """The order of the training images; none for a random permutation."""
+    if loss_arguments.class_balanced_sampling:
+        return ClassBalancedSampler(labels, seed)
+    if arguments.repeated_augmentation > 1:
+        return RepeatedAugmentationSampler(len(labels), arguments.repeated_augmentation, seed)
+    return None
+
+
 def check_output_dir(training_args: TrainingArguments) -> None:
     """Refuse to replace a model that nobody said may go, and a folder that cannot be written to after hours of work.
 
@@ -197,123 +234,6 @@ def check_output_dir(training_args: TrainingArguments) -> None:
             pass
     except OSError as error:
         raise ValueError(f"output_dir {str(folder)!r} cannot be written to: {error.strerror}") from error
-
-
-def make_model(arguments: ModelArguments, labels: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """A classifier of these labels, of a preset or a checkpoint, with the image processor that belongs to it.
-
-    Raises:
-        ValueError: if there is neither, or a field of the configuration does not fit.
-    """
-    names = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
-    overrides = parse_overrides(arguments.config_overrides)
-    if arguments.model in list_presets():
-        if arguments.image_size is not None:
-            overrides["image_size"] = arguments.image_size
-        config = preset_config(arguments.model, **names, **overrides)
-        check_channels(config.num_channels)
-        return ViTCustomForImageClassification(config), make_processor(config)
-
-    is_folder = Path(arguments.model).is_dir()
-    # A folder of runs that is not there must never become a Hub id: anybody could own that name.
-    if not is_folder and (arguments.model.count("/") != 1 or arguments.model.startswith("runs/")):
-        raise ValueError(
-            f"there is no model {arguments.model!r}: give a folder written by save_pretrained, a Hub id such as "
-            f"user/name, or one of list_presets(){suggest(arguments.model, list_presets())}"
-        )
-    origin = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(arguments.model, **origin)
-        if config.model_type == ViTCustomConfig.model_type and is_folder and not has_processor(arguments.model):
-            processor = make_processor(config)
-        else:
-            processor = AutoImageProcessor.from_pretrained(arguments.model, **origin)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot open the model {arguments.model!r}: {error}") from error
-    unknown = sorted(key for key in overrides if not hasattr(config, key))
-    if unknown:
-        raise ValueError(f"--config_overrides: {arguments.model!r} has no field {unknown[0]!r}")
-    check_channels(overrides.get("num_channels", getattr(config, "num_channels", 3)))
-    overrides["problem_type"] = "single_label_classification"
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what was made anew is judged below
-    try:
-        model, loading = AutoModelForImageClassification.from_pretrained(
-            arguments.model, **origin, **names, **overrides, ignore_mismatched_sizes=True, output_loading_info=True
-        )
-    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
-        raise ValueError(f"cannot open the model {arguments.model!r}: {error}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-    # A new head starts from random weights, the encoder must not.
-    made_anew = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
-    encoder = sorted(key for key in made_anew if key.startswith(f"{model.base_model_prefix}."))
-    if encoder:
-        raise ValueError(
-            f"{arguments.model!r} has no weights that fit {encoder[0]} ({len(encoder)} tensors): "
-            "change no sizes by --config_overrides, and the image size by --image_size"
-        )
-    if arguments.image_size is not None:
-        if not hasattr(model, "resize_image_size"):
-            raise ValueError(f"--image_size: a {type(model).__name__} cannot be resized; leave it out")
-        model.resize_image_size(arguments.image_size)
-        processor.size = {"height": arguments.image_size, "width": arguments.image_size}
-        processor.crop_size = processor.size
-    return model, processor
-
-
-def make_processor(config: ViTCustomConfig) -> ViTImageProcessor:
-    """The family's own processor: resize to the native size, scale to -1..1."""
-    height, width = config.native_size
-    return ViTImageProcessor(size={"height": height, "width": width})
-
-
-def has_processor(folder: str) -> bool:
-    return any((Path(folder) / name).exists() for name in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME))
-
-
-def read_processor(processor: BaseImageProcessor) -> tuple[tuple[int, int], list[float], list[float]]:
-    """Size (H, W) of the images that a processor makes, and the mean and deviation that it normalises by.
-
-    Raises:
-        ValueError: if the size depends on the image, or pixels are not scaled to 0..1.
-    """
-    cropped = getattr(processor, "do_center_crop", False)
-    size = dict(processor.crop_size if cropped else processor.size)
-    if not size.get("height") or not size.get("width"):
-        raise ValueError(f"the image processor's size {size} must have a height and a width")
-    if not processor.do_rescale or abs(processor.rescale_factor * 255 - 1) > 1e-6:
-        raise ValueError(f"the image processor rescales by {processor.rescale_factor}, not by 1/255")
-    if not getattr(processor, "do_normalize", True):
-        return (size["height"], size["width"]), [0.0] * 3, [1.0] * 3
-    return (size["height"], size["width"]), list(processor.image_mean), list(processor.image_std)
-
-
-def check_channels(num_channels: int) -> None:
-    if num_channels != 3:
-        raise ValueError(f"num_channels={num_channels}: images are read in RGB, a model must take 3 channels")
-
-
-def parse_overrides(overrides: list[str]) -> dict:
-    """`["drop_path_rate=0.1"]` -> `{"drop_path_rate": 0.1}`, values as YAML reads them.
-
-    Raises:
-        ValueError: if an entry has no `=`, or a field is not to be set here.
-    """
-    parsed = {}
-    for override in overrides:
-        name, equals, value = override.partition("=")
-        if not equals:
-            raise ValueError(f"--config_overrides {override!r} must be FIELD=VALUE")
-        if name in ("id2label", "label2id", "num_labels", "problem_type"):
-            raise ValueError(f"--config_overrides {override!r}: the data set decides on {name}")
-        try:
-            parsed[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"--config_overrides {override!r} is not YAML: {error}") from error
-        with suppress(TypeError, ValueError):  # YAML takes 1e-6 for text
-            parsed[name] = float(parsed[name]) if isinstance(parsed[name], str) else parsed[name]
-    return parsed
 
 
 def hide_folders(argument: str) -> str:

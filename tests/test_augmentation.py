@@ -1,0 +1,150 @@
+"""Crops, policies and erasing: what they do to a batch, and that each image has parameters of its own."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+
+from trainers.arguments import AugmentationArguments
+from trainers.augmentation import RAND_AUGMENT, Augmentation, Crop, apply, erase, jitter_colors, make_policy
+
+
+MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+FILL = torch.tensor([128.0, 102.0, 76.0])
+
+
+def random_pixels(count: int, size: tuple[int, int] = (16, 16), same: bool = False) -> torch.Tensor:
+    pixels = torch.randint(256, (1 if same else count, 3, *size), dtype=torch.uint8)
+    return pixels.expand(count, -1, -1, -1) if same else pixels
+
+
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    return (pixels.float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def test_without_changes_pixels_are_normalised():
+    pixels = random_pixels(4)
+    torch.testing.assert_close(Augmentation(AugmentationArguments(), MEAN, STD)(pixels), normalise(pixels))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rotation": 20, "translation": 0.2, "zoom": 0.2},
+        {"auto_augment": "rand-m9-mstd0.5-inc1"},
+        {"auto_augment": "3a"},
+        {"auto_augment": "imagenet"},
+        {"auto_augment": "cifar10"},
+        {"color_jitter": 0.4},
+        {"erasing": 1.0},
+        {"horizontal_flip": 0.5},
+    ],
+    ids=str,
+)
+def test_every_image_has_parameters_of_its_own(options):
+    pixels = random_pixels(32, same=True)
+    augmentation = Augmentation(AugmentationArguments(**options), MEAN, STD)
+    changed = augmentation(pixels)
+    assert changed.shape == (32, 3, 16, 16)
+    assert len({image.numpy().tobytes() for image in changed}) >= (2 if "horizontal_flip" in options else 3)
+    torch.manual_seed(1)
+    first = augmentation(pixels)
+    torch.manual_seed(1)
+    assert torch.equal(augmentation(pixels), first)
+
+
+def test_flips_are_as_frequent_as_asked():
+    pixels = random_pixels(1000, (2, 2), same=True)
+    flipped = Augmentation(AugmentationArguments(horizontal_flip=0.3), MEAN, STD)(pixels)
+    assert (flipped == normalise(pixels.flip(3))).all(dim=(1, 2, 3)).float().mean() == pytest.approx(0.3, abs=0.05)
+
+
+def test_operations_go_to_the_images_that_chose_them():
+    pixels = random_pixels(6).float()
+    operations = [operation for operation, _ in RAND_AUGMENT.values()]
+    names = list(RAND_AUGMENT)
+    choice = torch.tensor([names.index("Invert"), -1, names.index("Rotate"), -1, names.index("Brightness"), -1])
+    changed = apply(pixels, operations, choice, torch.tensor([0.0, 0, 180, 0, 0.5, 0]), FILL)
+    assert torch.equal(changed[0], 255 - pixels[0])
+    assert torch.equal(changed[2], pixels[2].flip(1, 2))
+    assert torch.equal(changed[4], (pixels[4] * 0.5).floor())
+    assert torch.equal(changed[1::2], pixels[1::2])
+
+
+def test_rand_augment_changes_as_much_as_timms():
+    """The mean change of a pixel, over many draws, is that of timm's policy of the same name."""
+    generator = np.random.default_rng(0)
+    smooth = np.cumsum(np.cumsum(generator.normal(0, 3, (32, 32, 3)), 0), 1)
+    image = ((smooth - smooth.min()) / (smooth.max() - smooth.min()) * 255).astype(np.uint8)
+    pixels = torch.from_numpy(image).permute(2, 0, 1).float()
+    random.seed(0)
+    theirs = rand_augment_transform("rand-m9-mstd0.5-inc1", {"img_mean": tuple(FILL.int().tolist())})
+    expected = [np.abs(np.asarray(theirs(Image.fromarray(image))).astype(float) - image).mean() for _ in range(3000)]
+    changed = make_policy("rand-m9-mstd0.5-inc1")(pixels.expand(3000, -1, -1, -1), FILL)
+    ours = (changed - pixels).abs().mean(dim=(1, 2, 3))
+    assert ours.mean().item() == pytest.approx(np.mean(expected), rel=0.05)
+    assert (ours == 0).float().mean().item() == pytest.approx(np.mean(np.array(expected) == 0), abs=0.03)
+    for quantile in (0.5, 0.75, 0.9):
+        assert ours.quantile(quantile).item() == pytest.approx(np.quantile(expected, quantile), rel=0.15)
+
+
+def test_jitter_stays_within_its_strength():
+    grey = torch.full((500, 3, 4, 4), 100.0)
+    changed = jitter_colors(grey, 0.3)
+    assert changed.min() >= 69
+    assert changed.max() <= 130
+    assert changed.std() > 10
+
+
+def test_erasing_replaces_a_rectangle_by_noise():
+    pixels = torch.full((2000, 3, 32, 32), 7.0)
+    erased = erase(pixels, 0.25)
+    mask = (erased != 7).any(dim=1)
+    assert mask.any(dim=(1, 2)).float().mean() == pytest.approx(0.25, abs=0.03)
+    for image in mask[mask.any(dim=(1, 2))][:50]:
+        rows, columns = image.any(dim=1).nonzero().flatten(), image.any(dim=0).nonzero().flatten()
+        assert image.sum() == len(rows) * len(columns) == (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
+        assert 0.01 <= image.float().mean() <= 0.36
+    noise = erased[erased != 7]
+    assert noise.mean().abs() < 0.02
+    assert noise.std() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [({}, (8, 12)), ({"min_crop": 0.3}, (8, 8)), ({"crop_padding": 2}, (8, 8)), ({"interpolation": "bicubic"}, (8, 8))],
+)
+def test_crops_give_batches_of_one_size(options, size):
+    images = [Image.fromarray(random_pixels(1, (20 + i, 30))[0].permute(1, 2, 0).numpy()) for i in range(3)]
+    batch = Crop(AugmentationArguments(**options), size)(images)
+    assert batch.shape == (3, 3, *size)
+    assert batch.dtype == torch.uint8
+
+
+def test_a_crop_with_padding_moves_by_no_more_than_it():
+    pixels = random_pixels(1, (8, 8))[0]
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    padded = np.pad(pixels.numpy(), ((0, 0), (2, 2), (2, 2)), mode="reflect")
+    windows = {padded[:, r : r + 8, c : c + 8].tobytes() for r in range(5) for c in range(5)}
+    crops = Crop(AugmentationArguments(crop_padding=2), (8, 8))([image] * 200)
+    assert {crop.numpy().tobytes() for crop in crops} == windows
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"horizontal_flip": 1.5}, r"horizontal_flip=1\.5 must lie"),
+        ({"translation": -1}, "translation=-1 must lie"),
+        ({"min_crop": 0.0}, r"min_crop=0\.0 must lie"),
+        ({"zoom": 1.0}, "zoom"),
+        ({"rotation": -5.0}, r"rotation=-5\.0 must lie"),
+        ({"erasing": 2.0}, r"erasing=2\.0 must lie"),
+        ({"auto_augment": "rand"}, "auto_augment='rand' must be"),
+    ],
+)
+def test_impossible_augmentation_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Augmentation(AugmentationArguments(**options), MEAN, STD)

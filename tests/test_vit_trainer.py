@@ -1,0 +1,168 @@
+"""The Trainer subclass: accumulation, averages, phases, resuming, teachers."""
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import ONE_STAGE_ARCHITECTURES, random_images, tiny_config, tiny_model
+from transformers import ViTImageProcessor, set_seed
+
+from modeling_vit_custom import ViTCustomForImageClassification
+from modeling_vit_custom.modeling_vit_custom import PatchDropout
+from trainers.arguments import LossArguments, TrainingArguments
+from trainers.losses import Criterion
+from trainers.mixing import Mixing
+from trainers.sampling import ClassBalancedSampler
+from trainers.teachers import Teacher
+from trainers.vit_trainer import TrainingDivergedError, ViTTrainer
+
+
+IMAGES, LABELS = random_images(32), torch.arange(32) % 5
+
+
+def dataset() -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"pixel_values": IMAGES.numpy(), "labels": LABELS.tolist()}).with_format("torch")
+
+
+def make_trainer(folder, model=None, trainer_options=None, **options) -> ViTTrainer:
+    defaults = {"per_device_train_batch_size": 16, "max_steps": 4, "learning_rate": 1e-3, "eval_strategy": "no"}
+    defaults |= {"save_strategy": "no", "disable_tqdm": True, "report_to": "none", "use_cpu": True, "logging_steps": 1}
+    arguments = TrainingArguments(output_dir=str(folder), **{**defaults, **options})
+    set_seed(0)
+    return ViTTrainer(
+        model=tiny_model(ViTCustomForImageClassification, "vit") if model is None else model,
+        args=arguments,
+        train_dataset=dataset(),
+        eval_dataset=dataset(),
+        **{"mixing": Mixing(0, 0, 1.0, 0.5, 5), "criterion": Criterion(), **(trainer_options or {})},
+    )
+
+
+def weights(trainer: ViTTrainer) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+def test_one_batch_and_accumulated_ones_end_in_the_same_weights(tmp_path):
+    whole = make_trainer(tmp_path / "one", optimizer="sgd")
+    whole.train()
+    parts = make_trainer(
+        tmp_path / "four", optimizer="sgd", per_device_train_batch_size=4, gradient_accumulation_steps=4
+    )
+    parts.train()
+    torch.testing.assert_close(weights(parts), weights(whole), rtol=0, atol=2e-6)
+    assert (weights(whole) - weights(make_trainer(tmp_path / "none"))).abs().max() > 1e-4
+
+
+def test_the_loss_that_is_logged_is_a_mean_over_images(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=8)
+    expected = tiny_model(ViTCustomForImageClassification, "vit")(IMAGES, labels=LABELS).loss.item()
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_averaged_weights_are_evaluated_and_published(tmp_path):
+    trainer = make_trainer(tmp_path, ema_decay=0.9, learning_rate=1e-2)
+    history = []
+    step = trainer.ema.update
+    trainer.ema.update = lambda model: (history.append(weights(trainer).clone()), step(model))
+    start = weights(trainer).clone()
+    trainer.train()
+    expected = start
+    for index, current in enumerate(history, start=1):
+        decay = min(0.9, (1 + index) / (10 + index))
+        expected = decay * expected + (1 - decay) * current
+    with trainer.averaged_weights():
+        torch.testing.assert_close(weights(trainer), expected)
+        loss = trainer.model(IMAGES, labels=LABELS).loss.item()
+    assert torch.equal(weights(trainer), history[-1])
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-4)
+    trainer.save_model()
+    published = ViTCustomForImageClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(torch.cat([p.detach().flatten() for p in published.parameters()]), expected)
+    assert torch.equal(weights(trainer), history[-1])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_ends_where_an_unbroken_one_ends(tmp_path, optimizer):
+    options = {"ema_decay": 0.9, "optimizer": optimizer, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    mixing = {"mixing": Mixing(0.8, 1.0, 1.0, 0.5, 5)}
+    whole = make_trainer(tmp_path / "whole", trainer_options=mixing, **options, save_total_limit=5)
+    whole.train()
+    resumed = make_trainer(tmp_path / "resumed", trainer_options=mixing, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+    one, two = (load_file(tmp_path / name / "checkpoint-6" / "ema.safetensors") for name in ("whole", "resumed"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_last_epochs_see_whole_unmixed_images(tmp_path):
+    model = ViTCustomForImageClassification(tiny_config("vit", patch_dropout=0.5))
+    options = {"max_steps": -1, "num_train_epochs": 4, "unmixed_epochs": 2, "unmasked_epochs": 1}
+    mixing, seen = Mixing(0.8, 0, 1.0, 0.5, 5), []
+    trainer = make_trainer(tmp_path, model, {"mixing": mixing}, **options)
+    (dropout,) = [module for module in model.modules() if isinstance(module, PatchDropout)]
+    dropout.register_forward_hook(lambda module, args, output: seen.append((mixing.is_on, output.shape[1])))
+    trainer.train()
+    assert seen == [(True, 8)] * 4 + [(False, 8)] * 2 + [(False, 16)] * 2
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+def test_a_diverged_run_stops_and_keeps_what_was_good(tmp_path, strategy):
+    trainer = make_trainer(tmp_path, learning_rate=1e30, save_strategy=strategy, save_steps=1, max_steps=10)
+    with pytest.raises(TrainingDivergedError, match=r"at step [1-9]"):
+        trainer.train()
+    for folder in tmp_path.glob("checkpoint-*"):
+        assert all(tensor.isfinite().all() for tensor in load_file(folder / "model.safetensors").values())
+
+
+def test_the_sampler_is_used(tmp_path):
+    sampler = ClassBalancedSampler(LABELS.tolist(), seed=3)
+    trainer = make_trainer(tmp_path, trainer_options={"sampler": sampler})
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["labels"].tolist() == [LABELS[index].item() for index in list(sampler)[:16]]
+
+
+@pytest.fixture
+def teacher_folder(tmp_path):
+    model = tiny_model(ViTCustomForImageClassification, "swin", seed=3, image_size=16)
+    model.config.id2label = dict(enumerate("edcba"))
+    model.save_pretrained(tmp_path / "teacher")
+    ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.1] * 3, image_std=[0.3] * 3).save_pretrained(
+        tmp_path / "teacher"
+    )
+    return tmp_path / "teacher"
+
+
+def test_a_teacher_sees_its_own_size_and_normalisation(teacher_folder):
+    teacher = Teacher(LossArguments(teacher=str(teacher_folder)), "abcde", [0.5] * 3, [0.5] * 3, torch.device("cpu"))
+    raw = torch.rand(2, 3, 32, 32)
+    small = torch.nn.functional.interpolate((raw - 0.1) / 0.3, (16, 16), mode="bilinear", antialias=True)
+    expected = ViTCustomForImageClassification.from_pretrained(teacher_folder)(small).logits.flip(1)
+    torch.testing.assert_close(teacher((raw - 0.5) / 0.5), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_teacher_of_other_classes_is_refused(teacher_folder):
+    with pytest.raises(ValueError, match=r"has 5 classes, not the data set's 2: it does not know 'x'"):
+        Teacher(LossArguments(teacher=str(teacher_folder)), "ax", [0.5] * 3, [0.5] * 3, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ONE_STAGE_ARCHITECTURES)
+def test_a_student_follows_its_teacher(name, teacher_folder, tmp_path):
+    teacher = Teacher(LossArguments(teacher=str(teacher_folder)), "abcde", [0.5] * 3, [0.5] * 3, torch.device("cpu"))
+    criterion = Criterion(distillation="hard", distillation_weight=1.0)
+    trainer = make_trainer(
+        tmp_path / "student",
+        ViTCustomForImageClassification(tiny_config(name)),
+        {"teacher": teacher, "criterion": criterion},
+        max_steps=60,
+        learning_rate=3e-3,
+    )
+    frozen = [parameter.clone() for parameter in teacher.model.parameters()]
+    trainer.train()
+    trainer.model.eval()
+    outputs = trainer.model(IMAGES)
+    student = outputs.distillation_logits if name == "deit" else outputs.logits
+    assert (student.argmax(1) == teacher(IMAGES).argmax(1)).float().mean() > 0.8
+    assert all(torch.equal(one, two) for one, two in zip(frozen, teacher.model.parameters()))
+    trainer.save_model()
+    assert not [key for key in load_file(tmp_path / "student" / "model.safetensors") if "teacher" in key]

@@ -1,0 +1,76 @@
+"""Mixup and CutMix: pairs of images of a batch become one image with two labels."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Mixing:
+    """Pixels (B, C, H, W) and classes (B,) -> mixed pixels and class probabilities (B, L).
+
+    Each image is mixed with another of the batch by a share of its own: by Mixup (https://arxiv.org/abs/1710.09412) or
+    by CutMix (https://arxiv.org/abs/1905.04899), chosen for each pair where both are on.
+
+    Args:
+        mixup: Parameter of the beta distribution of Mixup's shares; 0 is off.
+        cutmix: The same for CutMix.
+        probability: Share of the images that are mixed at all.
+        switch_probability: Probability of CutMix where both are on.
+        num_labels: Number of classes.
+        label_smoothing: Probability that is spread over all classes.
+    """
+
+    def __init__(
+        self,
+        mixup: float,
+        cutmix: float,
+        probability: float,
+        switch_probability: float,
+        num_labels: int,
+        label_smoothing: float = 0.0,
+    ):
+        self.mixup, self.cutmix, self.probability = mixup, cutmix, probability
+        self.switch_probability = switch_probability if mixup and cutmix else float(cutmix > 0)
+        self.num_labels, self.label_smoothing = num_labels, label_smoothing
+        self.is_on = True
+
+    def __call__(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        targets = smooth(F.one_hot(labels, self.num_labels).float(), self.label_smoothing)
+        if not self.is_on or not (self.mixup or self.cutmix):
+            return pixels, targets
+        count = len(pixels)
+        cut = torch.rand(count) < self.switch_probability
+        share = torch.where(cut, draw_beta(self.cutmix, count), draw_beta(self.mixup, count))
+        share = share.where(torch.rand(count) < self.probability, 1.0)
+        box = draw_boxes(share, tuple(pixels.shape[2:]))
+        # What is cut out is a whole number of pixels, and the labels follow it.
+        share = torch.where(cut, 1 - box.float().mean(dim=(1, 2)), share).to(pixels.device)
+        weight = torch.where(cut[:, None, None], (~box).float(), 1.0).to(pixels.device).unsqueeze(1)
+        weight = torch.where(cut.to(pixels.device)[:, None, None, None], weight, share[:, None, None, None])
+        partner = torch.randperm(count).to(pixels.device)
+        mixed = weight * pixels + (1 - weight) * pixels[partner]
+        return mixed, share[:, None] * targets + (1 - share[:, None]) * targets[partner]
+
+
+def draw_beta(alpha: float, count: int) -> Tensor:
+    """Shares (B,) from a symmetric beta distribution; 1 where `alpha` is 0."""
+    if alpha == 0:
+        return torch.ones(count)
+    return torch.distributions.Beta(alpha, alpha).sample((count,))
+
+
+def draw_boxes(share: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes that cover 1 - share (B,) of the image, cut off at its border: masks (B, H, W)."""
+    height, width = size
+    ratio = (1 - share).sqrt()
+    masks = []
+    for side in (height, width):
+        centre, half = (torch.rand(len(share)) * side).floor(), (ratio * side).floor() // 2
+        steps = torch.arange(side)
+        masks.append((steps >= (centre - half)[:, None]) & (steps < (centre + half)[:, None]))
+    return masks[0][:, :, None] & masks[1][:, None, :]
+
+
+def smooth(targets: Tensor, smoothing: float) -> Tensor:
+    """Spread a part of the probability over all classes (https://arxiv.org/abs/1512.00567, section 7)."""
+    return targets * (1 - smoothing) + smoothing / targets.shape[-1]
