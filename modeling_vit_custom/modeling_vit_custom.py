@@ -139,7 +139,7 @@ class PositionEmbedding(nn.Module):
     @torch.no_grad()
     def resize(self, grid: tuple[int, int]):
         """Make another grid the native one, once and for all."""
-        weight = self.interpolate(grid).clone()
+        weight = self.interpolate(grid).clone(memory_format=torch.contiguous_format)
         self.weight = weight if self.is_fixed else nn.Parameter(weight)
         self.grid_size = grid
 
@@ -405,7 +405,7 @@ class WindowAttention(Attention):
             return
         old, new = 2 * self.window_size - 1, 2 * window_size - 1
         table = interpolate_table(self.relative_position_bias_table[None], (old, old), (new, new))[0]
-        self.relative_position_bias_table = nn.Parameter(table.clone())
+        self.relative_position_bias_table = nn.Parameter(table.clone(memory_format=torch.contiguous_format))
         self.relative_position_index = relative_position_index(window_size).to(table.device)
         self.window_size = window_size
 

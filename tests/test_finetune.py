@@ -309,14 +309,48 @@ def test_an_unknown_recipe_field_is_named(tmp_path):
         parse(["--recipe", str(recipe)])
 
 
+# A small model for each recipe that is not for a checkpoint.
+SMALL_MODELS = {
+    "deit": "vit_nano_patch2_8",
+    "deit3": "vit_nano_patch2_8",
+    "deit_distilled": "deit_nano_distilled_patch2_8",
+    "pvt": "pvt_nano_8",
+    "quickstart": "vit_nano_patch2_8",
+    "swin": "swin_nano_patch1_window4_8",
+    "vit": "vit_nano_patch2_8",
+}
+
+
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_recipe_parses_to_what_it_says(name):
     fields = read_recipe(name)
-    parsed = parse(["--recipe", name])
+    needed = {"model": "vit_nano_patch2_8", "dataset": "digits"}
+    parsed = parse(
+        [f"--{field}={value}" for field, value in needed.items() if field not in fields] + ["--recipe", name]
+    )
     for field, value in fields.items():
-        (holder,) = [arguments for arguments in parsed if hasattr(arguments, field)]
+        (holder,) = [arguments for arguments in parsed[:-1] if hasattr(arguments, field)]
         found = getattr(holder, field)
         assert getattr(found, "value", found) == value
+    assert parsed[4].output_dir == f"runs/{ {'quickstart': 'digits'}.get(name, name) }"
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_recipe_makes_a_step(name, checkpoint, tmp_path, capsys):
+    argv = ["--recipe", name, "--dataset", "digits", "--model", SMALL_MODELS.get(name, str(checkpoint))]
+    argv += ["--teacher", str(checkpoint)] if name == "deit_distilled" else []
+    argv += ["--output_dir", str(tmp_path), "--image_size", "24", *SHORT, "--max_steps", "1"]
+    before = capsys.readouterr()
+    finetune(argv)
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["global_step"] == 1
+    assert state["log_history"][-1]["train_loss"] > 0
+    assert "3 held-out images through pipeline" in capsys.readouterr().out, before
+
+
+def test_a_learning_rate_for_256_images_is_scaled(tmp_path):
+    argv = ["--recipe", "deit", "--gradient_accumulation_steps", "4"]
+    assert parse(argv)[4].learning_rate == pytest.approx(2.5e-4 * 128 * 4 / 256)
 
 
 def test_help_shows_fields_and_examples(capsys):

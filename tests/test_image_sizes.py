@@ -232,6 +232,12 @@ def test_the_decoder_s_fixed_positions_stay_fixed(tmp_path):
         assert all(parameter.grad is None for parameter in parameters.values())
 
 
+def test_resized_weights_are_contiguous(architecture):
+    model = tiny_model(ViTCustomModel, architecture)
+    model.resize_image_size(48)
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
+
+
 def test_the_decoder_is_resized_with_the_encoder():
     model = tiny_model(ViTCustomForPreTraining, "deit")
     old = model.decoder.position_embedding.weight.clone()

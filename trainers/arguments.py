@@ -218,6 +218,8 @@ class TrainingArguments(transformers.TrainingArguments):
             raise ValueError("hub_token on a command line ends in logs and histories: run `hf auth login` instead")
         if self.push_to_hub:
             raise ValueError("push_to_hub=True would publish another card: upload the finished folder by `hf upload`")
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # or the Trainer asks for a GPU, while processors know bf16 as well
         super().__post_init__()
         if self.base_learning_rate is not None:
             images = self.train_batch_size * self.gradient_accumulation_steps * self.world_size

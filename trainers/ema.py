@@ -54,7 +54,8 @@ class Ema:
         return [named[name] for name in self.averages]
 
     def save(self, folder: str | Path) -> None:
-        save_file(self.averages, Path(folder) / FILE, metadata={"steps": str(self.steps)})
+        averages = {name: average.contiguous() for name, average in self.averages.items()}
+        save_file(averages, Path(folder) / FILE, metadata={"steps": str(self.steps)})
 
     def load(self, folder: str | Path) -> None:
         """Raises OSError if there is no average in the folder."""
