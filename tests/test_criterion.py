@@ -1,5 +1,7 @@
 """Losses in training against closed forms and the papers' equations."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,6 +37,21 @@ def test_evaluation_is_plain_cross_entropy():
     torch.testing.assert_close(criterion(output(), LABELS), F.cross_entropy(LOGITS, LABELS))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "bce"}, "loss='bce' must be one of cross_entropy, binary_cross_entropy"),
+        ({"distillation": "Hard"}, "distillation='Hard' must be one of hard, soft"),
+        ({"distillation_weight": 1.5}, "distillation_weight=1.5 must lie between 0 and 1"),
+        ({"temperature": 0.0}, "distillation_temperature=0.0 must be above 0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_choice_that_is_none_is_refused(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Criterion(**options)
+
+
 def test_accumulated_batches_add_up_to_one():
     criterion, targets = Criterion(), Targets(ONE_HOT)
     halves = [
@@ -56,6 +73,8 @@ def test_effective_number_weights():
     weights = effective_number_weights(counts, 0.99)
     effective = torch.tensor([sum(0.99**i for i in range(int(count))) for count in counts])
     torch.testing.assert_close(weights, (1 / effective) / (1 / effective).mean())
+    with pytest.raises(ValueError, match=r"class_weight_beta=1\.0 must lie in \[0, 1\)"):
+        effective_number_weights(counts, 1.0)
 
 
 def test_logit_adjustment_makes_the_prior_the_starting_point():

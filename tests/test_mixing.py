@@ -53,6 +53,21 @@ def test_a_share_of_the_images_is_mixed():
     assert (targets[untouched].amax(dim=1) == 1).all()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mixup": -0.1}, r"mixup=-0\.1 must be 0 or more"),
+        ({"cutmix": float("nan")}, "cutmix=nan must be 0 or more"),
+        ({"probability": 1.1}, r"mix_probability=1\.1 must lie between 0 and 1"),
+        ({"label_smoothing": -1.0}, r"label_smoothing=-1\.0 must lie between 0 and 1"),
+    ],
+    ids=["mixup", "cutmix", "probability", "smoothing"],
+)
+def test_numbers_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        mix(4, **options)
+
+
 def test_off_leaves_pixels_and_smooths_labels():
     pixels, labels = torch.rand(3, 3, 4, 4), torch.tensor([0, 1, 4])
     mixing = Mixing(0.8, 1.0, 1.0, 0.5, num_labels=5, label_smoothing=0.1)

@@ -74,7 +74,14 @@ def test_layer_decay_needs_known_layers():
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_learns(optimizer, architecture):
     model = make_model(architecture)
-    rate = {"adamw": 3e-3, "sgd": 0.1, "lamb": 0.01, "lars": 0.5, "muon": 3e-3}[optimizer]
+    # Those that scale an update by the norm of its weights are slow where weights are small.
+    rate, bound = {
+        "adamw": (3e-3, 0.3),
+        "sgd": (0.1, 0.3),
+        "lamb": (0.01, 0.97),
+        "lars": (0.5, 0.98),
+        "muon": (3e-3, 0.3),
+    }[optimizer]
     groups = parameter_groups(model, rate, 0.01)
     chosen = make_optimizer(optimizer, groups, (0.9, 0.999), 1e-8, 0.9)
     images, labels = random_images(8), torch.arange(8) % 5
@@ -83,7 +90,7 @@ def test_every_optimizer_learns(optimizer, architecture):
         chosen.zero_grad()
         model(images, labels=labels).loss.backward()
         chosen.step()
-    assert model(images, labels=labels).loss.item() < 0.99 * before
+    assert model(images, labels=labels).loss.item() < bound * before
 
 
 def test_muon_is_for_the_matrices_of_blocks():

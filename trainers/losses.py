@@ -1,5 +1,6 @@
 """Losses of a classifier in training, per image, from logits and class probabilities."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,9 @@ class Criterion:
         distillation: `"hard"` or `"soft"`, where there is a teacher (https://arxiv.org/abs/2012.12877, section 4).
         distillation_weight: Share of the teacher's loss.
         temperature: Of soft distillation.
+
+    Raises:
+        ValueError: if there is no such loss or distillation, or a number is out of range.
     """
 
     loss: str = "cross_entropy"
@@ -44,6 +48,16 @@ class Criterion:
     distillation: str = "hard"
     distillation_weight: float = 0.5
     temperature: float = 1.0
+
+    def __post_init__(self):
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss={self.loss!r} must be one of {', '.join(LOSSES)}")
+        if self.distillation not in DISTILLATIONS:
+            raise ValueError(f"distillation={self.distillation!r} must be one of {', '.join(DISTILLATIONS)}")
+        if not 0 <= self.distillation_weight <= 1:
+            raise ValueError(f"distillation_weight={self.distillation_weight} must lie between 0 and 1")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"distillation_temperature={self.temperature} must be above 0")
 
     def __call__(
         self, outputs: ModelOutput, labels: Targets | Tensor, num_items_in_batch: Tensor | int | None = None
@@ -98,7 +112,12 @@ def effective_number_weights(counts: Tensor, beta: float) -> Tensor:
     """Weights of the classes by their effective number of images, with mean 1: (L,) -> (L,).
 
     https://arxiv.org/abs/1901.05555, equation 4.
+
+    Raises:
+        ValueError: if beta is out of range.
     """
+    if not 0 <= beta < 1:
+        raise ValueError(f"class_weight_beta={beta} must lie in [0, 1)")
     weights = (1 - beta) / (1 - torch.pow(beta, counts.double()))
     return (weights / weights.mean()).float()
 

@@ -1,5 +1,7 @@
 """Mixup and CutMix: pairs of images of a batch become one image with two labels."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +20,9 @@ class Mixing:
         switch_probability: Probability of CutMix where both are on.
         num_labels: Number of classes.
         label_smoothing: Probability that is spread over all classes.
+
+    Raises:
+        ValueError: if a number is out of range.
     """
 
     def __init__(
@@ -29,6 +34,16 @@ class Mixing:
         num_labels: int,
         label_smoothing: float = 0.0,
     ):
+        for name, value in {"mixup": mixup, "cutmix": cutmix}.items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value} must be 0 or more")
+        for name, value in {
+            "mix_probability": probability,
+            "mix_switch_probability": switch_probability,
+            "label_smoothing": label_smoothing,
+        }.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}={value} must lie between 0 and 1")
         self.mixup, self.cutmix, self.probability = mixup, cutmix, probability
         self.switch_probability = switch_probability if mixup and cutmix else float(cutmix > 0)
         self.num_labels, self.label_smoothing = num_labels, label_smoothing
@@ -44,10 +59,10 @@ class Mixing:
         share = share.where(torch.rand(count) < self.probability, 1.0)
         box = draw_boxes(share, tuple(pixels.shape[2:]))
         # What is cut out is a whole number of pixels, and the labels follow it.
-        share = torch.where(cut, 1 - box.float().mean(dim=(1, 2)), share).to(pixels.device)
-        weight = torch.where(cut[:, None, None], (~box).float(), 1.0).to(pixels.device).unsqueeze(1)
-        weight = torch.where(cut.to(pixels.device)[:, None, None, None], weight, share[:, None, None, None])
+        share = torch.where(cut, 1 - box.float().mean(dim=(1, 2)), share)
+        weight = torch.where(cut[:, None, None], (~box).float(), share[:, None, None]).to(pixels.device).unsqueeze(1)
         partner = torch.randperm(count).to(pixels.device)
+        share = share.to(pixels.device)
         mixed = weight * pixels + (1 - weight) * pixels[partner]
         return mixed, share[:, None] * targets + (1 - share[:, None]) * targets[partner]
 

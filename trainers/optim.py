@@ -68,7 +68,6 @@ def make_optimizer(name: str, groups: list[dict], betas: tuple[float, float], ep
 
     AdamW is PyTorch's fused one; LAMB (https://arxiv.org/abs/1904.00962), LARS (https://arxiv.org/abs/1708.03888) and
     Muon, with AdamW for all but the blocks' matrices, are pytorch_optimizer's.
-
     """
     hidden = [group.pop("is_hidden") for group in groups]
     if name == "adamw":
