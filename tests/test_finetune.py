@@ -35,9 +35,9 @@ from trainers.arguments import (
 )
 from trainers.augmentation import Augmentation, Crop
 from trainers.data import load_splits, processor_transform
-from trainers.finetune import hide_folders, last_checkpoint
 from trainers.finetune import main as finetune
 from trainers.models import make_model, parse_overrides, read_processor
+from trainers.runs import hide_folders, last_checkpoint
 
 
 SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "8", "--disable_tqdm", "true", "--report_to", "none"]

@@ -55,6 +55,13 @@ class ModelArguments:
         default_factory=list,
         metadata={"help": "Fields of the configuration to replace, e.g. drop_path_rate=0.1 num_register_tokens=4."},
     )
+    freeze_encoder: bool = field(
+        default=False, metadata={"help": "Train the head alone, on the features of a checkpoint (linear probing)."}
+    )
+    lora_rank: int = field(
+        default=0, metadata={"help": "Train the head and low-rank changes of this rank (LoRA), merged at the end."}
+    )
+    lora_alpha: float = field(default=16.0, metadata={"help": "Scale of these changes, over their rank."})
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run the Python files that come with a checkpoint; read them first."}
@@ -145,6 +152,10 @@ class LossArguments:
     teacher: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of a classifier to distil, of any kind. Default: none."}
     )
+    teacher_labels_by_index: bool = field(
+        default=False,
+        metadata={"help": "Take the teacher's classes in their order as the data set's, whatever their names."},
+    )
     trust_teacher_code: bool = field(
         default=False, metadata={"help": "Run the Python files that come with the teacher; read them first."}
     )
@@ -177,9 +188,19 @@ class TrainingArguments(transformers.TrainingArguments):
     ema_decay: float = field(
         default=0.0, metadata={"help": "Average the weights with this decay, e.g. 0.999, for evaluation; 0 is off."}
     )
+    initial_image_size: int | None = field(
+        default=None, metadata={"help": "Start with smaller images, which grow to the model's size. Default: no."}
+    )
+    full_size_epochs: float = field(default=0.0, metadata={"help": "Last epochs at the full image size."})
     unmixed_epochs: float = field(default=0.0, metadata={"help": "Last epochs without Mixup and CutMix."})
     unmasked_epochs: float = field(default=0.0, metadata={"help": "Last epochs without patch dropout."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate's decay."})
+    lr_scheduler_type: str = field(
+        default="cosine", metadata={"help": "cosine, linear, cosine_with_min_lr, warmup_stable_decay or another."}
+    )
+    decay_steps: float = field(
+        default=0.2,
+        metadata={"help": "Steps of decay at the end of warmup_stable_decay, or their share if below 1."},
+    )
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up, or their share if below 1."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
@@ -206,6 +227,9 @@ class TrainingArguments(transformers.TrainingArguments):
             raise ValueError(f"ema_decay={self.ema_decay} must lie in [0, 1)")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay={self.layer_decay} must lie in (0, 1]")
+        for name in ("unmixed_epochs", "unmasked_epochs", "full_size_epochs", "decay_steps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor smooths the evaluation as well: use label_smoothing")
         if not 0 < self.learning_rate < math.inf:
@@ -224,6 +248,64 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.base_learning_rate is not None:
             images = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
             self.learning_rate = self.base_learning_rate * images / 256
+
+
+OBJECTIVES = ("supervised", "masked_autoencoder", "masked_image_modeling")
+
+
+@dataclass
+class PretrainingArguments:
+    """What an encoder learns."""
+
+    _argument_group_name: ClassVar[str] = "pretraining"
+
+    objective: str = field(
+        default="supervised",
+        metadata={
+            "help": "supervised (a classifier, as trainers.finetune trains one), masked_autoencoder (MAE: the encoder "
+            "sees the visible patches only) or masked_image_modeling (SimMIM: for every encoder)."
+        },
+    )
+    probe_images: int = field(
+        default=5000,
+        metadata={
+            "help": "Images of each split of a labelled data set for the nearest-neighbour and linear classifiers "
+            "that judge the features at the end of masked pretraining; 0 is none."
+        },
+    )
+
+    def __post_init__(self):
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective={self.objective!r} must be one of {', '.join(OBJECTIVES)}")
+        if self.probe_images < 0:
+            raise ValueError(f"probe_images={self.probe_images} must be 0 or more")
+
+
+@dataclass
+class PretrainingTrainingArguments(TrainingArguments):
+    """The same with another output folder."""
+
+    output_dir: str = field(default="runs/pretrain", metadata={"help": "Where the model, card and figures go."})
+
+
+@dataclass
+class TrainingCommand:
+    """All that a training script was told.
+
+    Attributes:
+        program: Name of the script.
+        argv: What was typed after it.
+        given: The fields that the recipe or the command line gave.
+    """
+
+    program: str
+    argv: Sequence[str]
+    model: ModelArguments
+    data: DataArguments
+    augmentation: AugmentationArguments
+    loss: LossArguments
+    training: TrainingArguments
+    given: dict
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -273,9 +355,11 @@ def parse_arguments(
         allow_abbrev=False,
     )
     fields_of_parser = {action.dest for action in parser._actions} - {"help"}
-    shown = {name for holder in dataclasses for name in holder.__annotations__} - {"remove_unused_columns"}
+    ours = [base for holder in dataclasses for base in holder.__mro__ if base.__module__ == __name__]
+    shown = {name for holder in ours for name in holder.__annotations__} - {"remove_unused_columns"}
     for action in parser._actions:
-        if action.dest not in shown | SHOWN_OF_TRAINER:
+        # What is true by default has a second flag, --no_NAME, which need not be read.
+        if action.dest not in shown | SHOWN_OF_TRAINER or action.option_strings[0].startswith("--no_"):
             action.help = argparse.SUPPRESS
         elif action.required:
             action.help += " Required."
@@ -289,7 +373,8 @@ def parse_arguments(
     unknown = sorted(fields.keys() - fields_of_parser)
     if unknown:
         raise ValueError(
-            f"recipe {named.recipe!r} has an unknown field {unknown[0]!r}{suggest(unknown[0], fields_of_parser)}"
+            f"recipe {named.recipe!r} has an unknown field {unknown[0]!r}{suggest(unknown[0], fields_of_parser)} "
+            f"({program} has none; a recipe's header says what it is for)"
         )
     # What comes later on a command line wins. One way in means that recipes are checked as the command line is.
     argv = [*to_argv(fields), *rest]
@@ -334,8 +419,8 @@ def read_recipe(name: str) -> dict:
 
 
 def write_recipe(path: Path, fields: dict) -> None:
-    """The inverse of `read_recipe`."""
-    plain = {name: getattr(value, "value", value) for name, value in fields.items()}
+    """The inverse of `read_recipe`, less the output folder, which the next run must not share."""
+    plain = {name: getattr(value, "value", value) for name, value in fields.items() if name != "output_dir"}
     path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 

@@ -1,51 +1,87 @@
 """Models to train, of presets and checkpoints, and the image processors that belong to them."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
     PreTrainedModel,
+    TimmWrapperImageProcessor,
     ViTImageProcessor,
     logging,
 )
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
-from modeling_vit_custom import ViTCustomConfig, ViTCustomForImageClassification, list_presets, preset_config
+from modeling_vit_custom import ViTCustomConfig, list_presets, preset_config
 from trainers.arguments import ModelArguments, suggest
 
 
-def make_model(arguments: ModelArguments, labels: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """A classifier of these labels, of a preset or a checkpoint, with the image processor that belongs to it.
+if TYPE_CHECKING:
+    import peft
+
+
+def make_model(
+    arguments: ModelArguments, labels: Sequence[str] | None = None, auto_class: type = AutoModelForImageClassification
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """A model of a preset or a checkpoint, with the image processor that belongs to it.
+
+    Args:
+        arguments: Which one.
+        labels: Names of a classifier's classes.
+        auto_class: What kind of model.
 
     Raises:
         ValueError: if there is neither, or a field of the configuration does not fit.
     """
-    names = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
     overrides = parse_overrides(arguments.config_overrides)
+    if labels is not None:
+        overrides["id2label"] = dict(enumerate(labels))
+        overrides["label2id"] = {label: index for index, label in enumerate(labels)}
     if arguments.model in list_presets():
-        if arguments.image_size is not None:
-            overrides["image_size"] = arguments.image_size
-        config = preset_config(arguments.model, **names, **overrides)
-        check_channels(config.num_channels)
-        return ViTCustomForImageClassification(config), make_processor(config)
+        model, processor = _from_preset(arguments, overrides, auto_class)
+    else:
+        check_is_model(arguments.model, "model")
+        model, processor = _from_checkpoint(arguments, overrides, auto_class)
+    if arguments.freeze_encoder and arguments.lora_rank:
+        raise ValueError(f"--freeze_encoder true leaves nothing to change by --lora_rank {arguments.lora_rank}")
+    if arguments.freeze_encoder:
+        freeze(model.base_model)
+    if arguments.lora_rank:
+        model = add_lora(model, arguments.lora_rank, arguments.lora_alpha)
+    return model, processor
 
-    is_folder = Path(arguments.model).is_dir()
-    # A folder of runs that is not there must never become a Hub id: anybody could own that name.
-    if not is_folder and (arguments.model.count("/") != 1 or arguments.model.startswith("runs/")):
+
+def _from_preset(
+    arguments: ModelArguments, overrides: dict, auto_class: type
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    if arguments.freeze_encoder or arguments.lora_rank:
+        name = "freeze_encoder" if arguments.freeze_encoder else "lora_rank"
         raise ValueError(
-            f"there is no model {arguments.model!r}: give a folder written by save_pretrained, a Hub id such as "
-            f"user/name, or one of list_presets(){suggest(arguments.model, list_presets())}"
+            f"--{name} keeps the encoder's weights, and those of the preset {arguments.model!r} are random"
         )
+    if arguments.image_size is not None:
+        overrides = {**overrides, "image_size": arguments.image_size}
+    config = preset_config(arguments.model, **overrides)
+    check_channels(config.num_channels)
+    return auto_class.from_config(config), make_processor(config)
+
+
+def _from_checkpoint(
+    arguments: ModelArguments, overrides: dict, auto_class: type
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
     origin = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(arguments.model, **origin)
-        if config.model_type == ViTCustomConfig.model_type and is_folder and not has_processor(arguments.model):
+        is_ours = config.model_type == ViTCustomConfig.model_type
+        if is_ours and Path(arguments.model).is_dir() and not has_processor(arguments.model):
             processor = make_processor(config)
         else:
             processor = AutoImageProcessor.from_pretrained(arguments.model, **origin)
@@ -55,20 +91,22 @@ def make_model(arguments: ModelArguments, labels: list[str]) -> tuple[PreTrained
     if unknown:
         raise ValueError(f"--config_overrides: {arguments.model!r} has no field {unknown[0]!r}")
     check_channels(overrides.get("num_channels", getattr(config, "num_channels", 3)))
-    overrides["problem_type"] = "single_label_classification"
+    if "id2label" in overrides:
+        overrides = {**overrides, "problem_type": "single_label_classification"}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what was made anew is judged below
     try:
-        model, loading = AutoModelForImageClassification.from_pretrained(
-            arguments.model, **origin, **names, **overrides, ignore_mismatched_sizes=True, output_loading_info=True
+        model, loading = auto_class.from_pretrained(
+            arguments.model, **origin, **overrides, ignore_mismatched_sizes=True, output_loading_info=True
         )
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise ValueError(f"cannot open the model {arguments.model!r}: {error}") from error
     finally:
         logging.set_verbosity(verbosity)
-    # A new head starts from random weights, the encoder must not.
+    # A new head starts from random weights, and so may a norm behind the pooling; the encoder must not.
     made_anew = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
-    encoder = sorted(key for key in made_anew if key.startswith(f"{model.base_model_prefix}."))
+    prefix = f"{model.base_model_prefix}."
+    encoder = sorted(key for key in made_anew if key.startswith(prefix) and not key.startswith(f"{prefix}pooling."))
     if encoder:
         raise ValueError(
             f"{arguments.model!r} has no weights that fit {encoder[0]} ({len(encoder)} tensors): "
@@ -81,6 +119,49 @@ def make_model(arguments: ModelArguments, labels: list[str]) -> tuple[PreTrained
         processor.size = {"height": arguments.image_size, "width": arguments.image_size}
         processor.crop_size = processor.size
     return model, processor
+
+
+def check_is_model(name: str, argument: str) -> None:
+    """Raises ValueError unless a name is a folder, or may be a Hub id."""
+    # A folder of runs that is not there must never become a Hub id: anybody could own that name.
+    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith("runs/")):
+        presets = f", or one of list_presets(){suggest(name, list_presets())}" if argument == "model" else ""
+        raise ValueError(
+            f"there is no {argument} {name!r}: give a folder written by save_pretrained, a Hub id such as "
+            f"user/name{presets}"
+        )
+
+
+def freeze(encoder: PreTrainedModel) -> None:
+    """Keep an encoder as it is: no gradients, and evaluation mode for good, so that nothing is dropped at random."""
+    encoder.requires_grad_(False).eval()
+    encoder.train = lambda mode=True: encoder
+
+
+def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> "peft.PeftModel":
+    """Low-rank changes of all matrices of the encoder (https://arxiv.org/abs/2106.09685); the head is trained whole.
+
+    `merge_and_unload` of what comes back makes a plain model again.
+
+    Raises:
+        ValueError: if the peft library is missing, or the rank is below 1.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError("--lora_rank needs the peft library: pip install 'vit-custom[lora]'") from error
+    if rank < 1:
+        raise ValueError(f"lora_rank={rank} must be at least 1, or 0 for none")
+    encoder = f"{model.base_model_prefix}."
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    head = sorted({name.split(".")[0] for name, _ in model.named_parameters() if not name.startswith(encoder)})
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=[name for name in linear if name.startswith(encoder)],
+        modules_to_save=head,
+    )
+    return peft.get_peft_model(model, config)
 
 
 def make_processor(config: ViTCustomConfig) -> ViTImageProcessor:
@@ -99,6 +180,9 @@ def read_processor(processor: BaseImageProcessor) -> tuple[tuple[int, int], list
     Raises:
         ValueError: if the size depends on the image, or pixels are not scaled to 0..1.
     """
+    if isinstance(processor, TimmWrapperImageProcessor):
+        data = processor.data_config
+        return tuple(data["input_size"][1:]), list(data["mean"]), list(data["std"])
     cropped = getattr(processor, "do_center_crop", False)
     size = dict(processor.crop_size if cropped else processor.size)
     if not size.get("height") or not size.get("width"):

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from trainers.arguments import LossArguments
-from trainers.models import read_processor
+from trainers.models import check_is_model, read_processor
 
 
 class Teacher:
@@ -17,7 +17,7 @@ class Teacher:
     It is no part of the student, so it is neither trained nor saved with it.
 
     Raises:
-        ValueError: if its classes are not the student's.
+        ValueError: if there is no such teacher, or its classes are not the student's.
     """
 
     def __init__(
@@ -27,18 +27,26 @@ class Teacher:
         mean: Sequence[float],
         std: Sequence[float],
         device: torch.device,
+        bf16: bool = False,
     ):
+        self.bf16 = bf16
+        check_is_model(arguments.teacher, "teacher")
         origin = {"trust_remote_code": arguments.trust_teacher_code}
         processor = AutoImageProcessor.from_pretrained(arguments.teacher, **origin)
         self.model = AutoModelForImageClassification.from_pretrained(arguments.teacher, **origin)
         self.model = self.model.requires_grad_(False).eval().to(device)
         names = [str(self.model.config.id2label[index]) for index in range(self.model.config.num_labels)]
+        if arguments.teacher_labels_by_index and len(names) == len(labels):
+            names = list(labels)
         if sorted(names) != sorted(labels):
             strange = sorted(set(labels) - set(names))
-            raise ValueError(
-                f"teacher {arguments.teacher!r} has {len(names)} classes, not the data set's {len(labels)}"
-                + (f": it does not know {strange[0]!r}" if strange else "")
-            )
+            number = "other" if len(names) == len(labels) else f"{len(names)}"
+            message = f"teacher {arguments.teacher!r} has {number} classes, not the data set's {len(labels)}"
+            if strange:
+                message += f": it does not know {strange[0]!r}"
+            if len(names) == len(labels):
+                message += "; if they are the same in the same order, pass --teacher_labels_by_index true"
+            raise ValueError(message)
         self.order = torch.tensor([names.index(label) for label in labels], device=device)
         self.size, own_mean, own_std = read_processor(processor)
         mean, std, own_mean, own_std = (
@@ -51,5 +59,5 @@ class Teacher:
         pixels = pixels * self.scale + self.shift
         if tuple(pixels.shape[2:]) != self.size:
             pixels = F.interpolate(pixels, self.size, mode="bilinear", antialias=True)
-        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=pixels.is_cuda):
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
             return self.model(pixel_values=pixels).logits.float()[:, self.order]

@@ -1,17 +1,22 @@
 """The HF Trainer with what the recipes of vision transformers need.
 
 On the training device, while training only: augmentation, mixing, the teacher and the loss. Besides: parameter groups
-and optimizers, samplers, averaged weights, and phases at the end of a run.
+and optimizers, samplers, averaged weights, and what changes in the course of a run.
 """
 
+import copy
+import math
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback
 
 from modeling_vit_custom.modeling_vit_custom import PatchDropout
 from trainers.ema import Ema
@@ -24,22 +29,29 @@ class TrainingDivergedError(Exception):
     """A loss or a weight is not finite; the last checkpoint is from before."""
 
 
+class CheckpointNotWrittenError(Exception):
+    """A checkpoint could not be written, e.g. because the disk is full; nothing of it is left, older ones are."""
+
+
 class ViTTrainer(Trainer):
-    """Trains an image classifier.
+    """Trains an image classifier, or an encoder by a loss of its own.
 
     Args:
         augmentation: 8-bit pixels (B, C, H, W) to normalised ones, on the device; none where workers did it.
-        mixing: Normalised pixels and classes to mixed pixels and class probabilities.
-        criterion: The loss.
+        mixing: Normalised pixels and classes to mixed pixels and class probabilities; none where labels mean nothing.
+        criterion: The loss of a classifier; without one the model's own.
         teacher: Pixels to logits (B, L), without gradients.
         sampler: The order of the training images; a random permutation by default.
+
+    Raises:
+        ValueError: if the arguments ask for what this model cannot do.
     """
 
     def __init__(
         self,
         *args,
-        mixing: Mixing,
-        criterion: Criterion,
+        mixing: Mixing | None = None,
+        criterion: Criterion | None = None,
         augmentation: Callable[[Tensor], Tensor] | None = None,
         teacher: Callable[[Tensor], Tensor] | None = None,
         sampler: Sampler | None = None,
@@ -48,6 +60,7 @@ class ViTTrainer(Trainer):
         super().__init__(*args, compute_loss_func=criterion, **kwargs)
         self.augmentation, self.mixing, self.teacher, self.sampler = augmentation, mixing, teacher, sampler
         self.ema = Ema(self.model, self.args.ema_decay) if self.args.ema_decay else None
+        self.image_size: tuple[int, int] | None = None  # to train at, if not the one that images come in
         self.add_callback(_Phases(self))
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -58,17 +71,30 @@ class ViTTrainer(Trainer):
             self.optimizer = make_optimizer(args.optimizer, groups, betas, args.adam_epsilon, args.momentum)
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer=None) -> torch.optim.lr_scheduler.LRScheduler:
+        args = self.args
+        if args.lr_scheduler_type == "warmup_stable_decay":
+            steps = args.decay_steps if args.decay_steps >= 1 else args.decay_steps * num_training_steps
+            args.lr_scheduler_kwargs = {"num_decay_steps": int(steps)} | (args.lr_scheduler_kwargs or {})
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
         return self.sampler or super()._get_train_sampler(train_dataset)
 
     def _prepare_inputs(self, inputs: dict) -> dict:
         # Before the autocast of the loss: coordinates and colours need their precision.
         inputs = super()._prepare_inputs(inputs)
+        if self.mixing is None:
+            inputs = {"pixel_values": inputs["pixel_values"]}
         if not self.model.training:
             return inputs
         pixels = inputs["pixel_values"]
         if self.augmentation is not None:
             pixels = self.augmentation(pixels)
+        if self.image_size is not None:
+            pixels = F.interpolate(pixels, self.image_size, mode="bilinear", antialias=True)
+        if self.mixing is None:
+            return {"pixel_values": pixels}
         pixels, probabilities = self.mixing(pixels, inputs["labels"])
         teacher_logits = None if self.teacher is None else self.teacher(pixels)
         return {"pixel_values": pixels, "labels": Targets(probabilities, teacher_logits)}
@@ -78,16 +104,33 @@ class ViTTrainer(Trainer):
         return nullcontext() if self.ema is None else self.ema.in_place(self.model)
 
     def evaluation_loop(self, *args, **kwargs):
-        with self.averaged_weights():
+        # Whatever is drawn at random, such as masks, is the same at each evaluation, and training goes on as without.
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with self.averaged_weights(), torch.random.fork_rng(devices):
+            torch.manual_seed(self.args.seed)
             return super().evaluation_loop(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         # A checkpoint keeps the weights to go on from, with the averages beside them.
-        with nullcontext() if _internal_call else self.averaged_weights():
+        if _internal_call:
             super().save_model(output_dir, _internal_call)
+            return
+        trained = self.model
+        with self.averaged_weights():
+            if is_peft_model(trained):
+                self.model = copy.deepcopy(trained).merge_and_unload()
+            try:
+                super().save_model(output_dir)
+            finally:
+                self.model = trained
 
     def train(self, *args, **kwargs):
-        """Raises TrainingDivergedError if a loss or the weights are not finite."""
+        """Train.
+
+        Raises:
+            TrainingDivergedError: if a loss or the weights are not finite.
+            CheckpointNotWrittenError: if a checkpoint could not be written.
+        """
         output = super().train(*args, **kwargs)
         self.check_weights()
         return output
@@ -98,9 +141,17 @@ class ViTTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         self.check_weights()
-        super()._save_checkpoint(model, trial)
-        if self.ema is not None and self.args.should_save:
-            self.ema.save(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            # The Trainer's state comes last: a folder that holds it is complete.
+            if self.ema is not None and self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.ema.save(folder)
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            reason = " ".join(str(error).split())
+            raise CheckpointNotWrittenError(f"{folder} could not be written ({reason})") from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -114,16 +165,23 @@ class ViTTrainer(Trainer):
 
 
 class _Phases(TrainerCallback):
-    """What changes while a run goes on: averages after each step, the last epochs, the end of a diverged one."""
+    """What changes while a run goes on: image size, averages, the last epochs, the end of a diverged one."""
 
     def __init__(self, trainer: ViTTrainer):
         self.trainer = trainer
+        if trainer.args.initial_image_size is not None:
+            check_initial_image_size(trainer.args.initial_image_size, trainer.model.config)
         self.patch_dropouts = [module for module in trainer.model.modules() if isinstance(module, PatchDropout)]
         self.patch_dropout_rates = [module.rate for module in self.patch_dropouts]
 
     def on_step_begin(self, args, state, control, **kwargs):
         epochs_left = state.num_train_epochs * (1 - state.global_step / state.max_steps)
-        self.trainer.mixing.is_on = epochs_left > args.unmixed_epochs
+        if args.initial_image_size is not None:
+            growing = state.num_train_epochs - args.full_size_epochs
+            share = 1 - (epochs_left - args.full_size_epochs) / growing if growing > 0 else 1.0
+            self.trainer.image_size = grown_size(args.initial_image_size, self.trainer.model.config, share)
+        if self.trainer.mixing is not None:
+            self.trainer.mixing.is_on = epochs_left > args.unmixed_epochs
         for module, rate in zip(self.patch_dropouts, self.patch_dropout_rates):
             module.rate = rate if epochs_left > args.unmasked_epochs else 0.0
 
@@ -135,3 +193,32 @@ class _Phases(TrainerCallback):
         loss = (logs or {}).get("loss", 0.0)
         if not torch.tensor(float(loss)).isfinite():
             raise TrainingDivergedError(f"the loss is {loss} at step {state.global_step}")
+
+
+def is_peft_model(model: torch.nn.Module) -> bool:
+    """Whether a model is trained by low-rank changes, which its checkpoints hold alone."""
+    return not isinstance(model, PreTrainedModel)
+
+
+def check_initial_image_size(initial_size: int, config: PreTrainedConfig) -> None:
+    """Raises ValueError if a run cannot start with smaller images."""
+    if not hasattr(config, "native_size"):
+        raise ValueError(f"initial_image_size={initial_size} needs a vit_custom model, not {config.model_type}")
+    if not 0 < initial_size <= min(config.native_size):
+        raise ValueError(
+            f"initial_image_size={initial_size} must lie between 1 and {min(config.native_size)}, the last"
+        )
+
+
+def grown_size(initial_size: int, config: PreTrainedConfig, share: float) -> tuple[int, int] | None:
+    """Size (H, W) of the training images after a share of the growing phase; none where it is the native one.
+
+    The shorter side grows evenly from the initial to the native size, in whole patches of the last stage.
+    """
+    native = config.native_size
+    if share >= 1:
+        return None
+    multiple = math.prod(stage.patch_size for stage in config.stages)
+    shorter = initial_size + share * (min(native) - initial_size)
+    size = tuple(max(1, round(side * shorter / min(native) / multiple)) * multiple for side in native)
+    return None if min(size) >= min(native) else size

@@ -1,0 +1,212 @@
+"""Training a classifier: data, model and Trainer put together, evaluated, saved and described by a card."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset, DatasetDict
+from torch.utils.data import Sampler
+from torchvision.transforms.v2 import Compose
+from transformers import PreTrainedModel, default_data_collator, pipeline, set_seed
+
+from model_cards.card import TrainingRun, write_card
+from model_cards.environment import describe_hardware, library_versions
+from modeling_vit_custom import list_presets
+from trainers.arguments import (
+    AugmentationArguments,
+    LossArguments,
+    TrainingArguments,
+    TrainingCommand,
+    report_user_errors,
+    write_recipe,
+)
+from trainers.augmentation import Augmentation, Crop
+from trainers.data import (
+    BUILT_IN_TITLES,
+    IMAGE,
+    LABEL,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    label_names,
+    load_splits,
+    processor_transform,
+    with_transform,
+)
+from trainers.losses import Criterion, effective_number_weights, logit_adjustment
+from trainers.metrics import compute_metrics, count_confusions
+from trainers.mixing import Mixing
+from trainers.models import make_model, read_processor
+from trainers.runs import check_output_dir, format_command, train
+from trainers.sampling import ClassBalancedSampler, RepeatedAugmentationSampler
+from trainers.teachers import Teacher
+from trainers.vit_trainer import ViTTrainer
+
+
+def train_classifier(command: TrainingCommand) -> None:
+    """Leaves a folder that the Auto classes and pipelines open: weights, code, processor, metrics, figures, card.
+
+    Raises:
+        SystemExit: with one line, where what was asked for cannot be done.
+    """
+    training_args = command.training
+    with report_user_errors(command.program):
+        check_output_dir(training_args)
+        set_seed(training_args.seed)
+        splits = load_splits(command.data)
+        check_batch_size(training_args, len(splits[TRAIN]))
+        model, processor = make_model(command.model, label_names(splits))
+        size, mean, std = read_processor(processor)
+        crop, augmentation = Crop(command.augmentation, size), Augmentation(command.augmentation, mean, std)
+        on_device = command.augmentation.augment_on_device
+        train_dataset = with_transform(splits[TRAIN], crop if on_device else Compose([crop, augmentation]))
+        evaluated = {
+            name: with_transform(split, processor_transform(processor))
+            for name, split in splits.items()
+            if name != TRAIN
+        }
+        counts = torch.bincount(torch.tensor(splits[TRAIN][LABEL]), minlength=model.config.num_labels)
+        trainer = ViTTrainer(
+            model=model,
+            args=training_args,
+            data_collator=default_data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=evaluated[VALIDATION],
+            processing_class=processor,
+            compute_metrics=compute_metrics,
+            augmentation=augmentation if on_device else None,
+            mixing=make_mixing(command.augmentation, command.loss, model.config.num_labels),
+            criterion=make_criterion(command.loss, counts),
+            sampler=make_sampler(command.augmentation, command.loss, splits[TRAIN][LABEL], training_args.seed),
+            teacher=Teacher(command.loss, label_names(splits), mean, std, training_args.device, training_args.bf16)
+            if command.loss.teacher
+            else None,
+        )
+    print(describe(command.model.model, model, splits, training_args))
+    trained, wall_time = train(trainer, command.program)
+    trainer.save_metrics(TRAIN, trained.metrics)
+    trainer.save_state()
+
+    # The split that nothing was chosen on speaks for the model.
+    reported = TEST if TEST in evaluated else VALIDATION
+    predictions = {name: trainer.predict(split, metric_key_prefix=name) for name, split in evaluated.items()}
+    for name, prediction in predictions.items():
+        trainer.save_metrics(name, prediction.metrics)
+    trainer.save_model()
+    if not trainer.is_world_process_zero():
+        return
+
+    output_dir = Path(training_args.output_dir)
+    results = {name.removeprefix(f"{reported}_"): value for name, value in predictions[reported].metrics.items()}
+    from_scratch = command.model.model in list_presets()
+    dataset = command.data.dataset
+    run = TrainingRun(
+        name=training_args.hub_model_id or output_dir.resolve().name,
+        model_type=model.config.model_type,
+        preset=command.model.model if from_scratch else None,
+        num_parameters=model.num_parameters(),
+        image_size=size,
+        label_names=label_names(splits),
+        base_model=None if from_scratch else command.model.model,
+        from_scratch=from_scratch,
+        dataset=None if dataset in BUILT_IN_TITLES else dataset,
+        dataset_title=BUILT_IN_TITLES.get(dataset),
+        split_sizes={name: len(split) for name, split in splits.items()},
+        evaluation_split=reported,
+        results={name: results[name] for name in ("accuracy", "top5_accuracy", "macro_f1", "loss") if name in results},
+        confusion_matrix=count_confusions(predictions[reported].predictions, predictions[reported].label_ids),
+        log_history=trainer.state.log_history,
+        command=format_command(command.program, command.argv),
+        seed=training_args.seed,
+        versions=library_versions(),
+        hardware=describe_hardware(),
+        wall_time=wall_time,
+    )
+    write_card(output_dir, run)
+    write_recipe(output_dir / "recipe.yaml", command.given)
+    print(f"\n{reported} accuracy {results['accuracy']:.2%} after {wall_time:.0f} s of training; saved to {output_dir}")
+    show_predictions(output_dir, splits[reported], command.model.trust_remote_code)
+
+
+def make_mixing(arguments: AugmentationArguments, loss_arguments: LossArguments, num_labels: int) -> Mixing:
+    return Mixing(
+        arguments.mixup,
+        arguments.cutmix,
+        arguments.mix_probability,
+        arguments.mix_switch_probability,
+        num_labels,
+        loss_arguments.label_smoothing,
+    )
+
+
+def make_criterion(arguments: LossArguments, counts: torch.Tensor) -> Criterion:
+    """The loss, given the number of training images of each class (L,)."""
+    beta, strength = arguments.class_weight_beta, arguments.logit_adjustment
+    return Criterion(
+        loss=arguments.loss,
+        class_weights=effective_number_weights(counts, beta) if beta else None,
+        logit_adjustment=logit_adjustment(counts, strength) if strength else None,
+        distillation=arguments.distillation,
+        distillation_weight=arguments.distillation_weight,
+        temperature=arguments.distillation_temperature,
+    )
+
+
+def make_sampler(
+    arguments: AugmentationArguments, loss_arguments: LossArguments, labels: list[int], seed: int
+) -> Sampler | None:
+    """The order of the training images; none for a random permutation."""
+    if loss_arguments.class_balanced_sampling:
+        return ClassBalancedSampler(labels, seed)
+    if arguments.repeated_augmentation > 1:
+        return RepeatedAugmentationSampler(len(labels), arguments.repeated_augmentation, seed)
+    return None
+
+
+def check_batch_size(training_args: TrainingArguments, num_images: int) -> None:
+    """Raises ValueError if a step would need more images than there are."""
+    size, devices = training_args.per_device_train_batch_size, training_args.world_size
+    if size * devices > num_images:
+        raise ValueError(
+            f"per_device_train_batch_size={size} on {devices} device(s) is more than the {num_images:,} training "
+            f"images: choose at most {num_images // devices}"
+        )
+
+
+def describe(name: str, model: PreTrainedModel, splits: DatasetDict, training_args: TrainingArguments) -> str:
+    """Two lines on what is about to happen."""
+    sizes = ", ".join(f"{len(split):,} {split_name}" for split_name, split in splits.items())
+    steps, epochs = training_args.max_steps, training_args.num_train_epochs
+    length = f"{steps:,} steps" if steps > 0 else f"{epochs:g} epochs"
+    trained = model.num_parameters(only_trainable=True)
+    of_them = "" if trained == model.num_parameters() else f" ({trained:,} of them trained)"
+    return (
+        f"{name}: {model.num_parameters():,} parameters{of_them}, {model.config.num_labels} classes\n"
+        f"{sizes} images; {length} on {describe_hardware()}"
+    )
+
+
+def show_predictions(output_dir: Path, dataset: Dataset, trust_remote_code: bool = False, count: int = 3) -> None:
+    """Open the folder as a user would, classify a few held-out images and say what to do next."""
+    classifier = pipeline(
+        "image-classification", model=str(output_dir), device="cpu", trust_remote_code=trust_remote_code
+    )
+    names = dataset.features[LABEL].names
+    rows = dataset.select(range(0, len(dataset), max(1, len(dataset) // count))).select(range(min(count, len(dataset))))
+    print(f"\n{rows.num_rows} held-out images through pipeline('image-classification', model={str(output_dir)!r}):")
+    for row in rows:
+        best = classifier(row[IMAGE], top_k=1)[0]
+        verdict = "right" if best["label"] == names[row[LABEL]] else "wrong"
+        print(f"  {names[row[LABEL]]!r} classified as {best['label']!r} with {best['score']:.1%}: {verdict}")
+    executable = Path(sys.executable)
+    python = executable.relative_to(Path.cwd()) if executable.is_relative_to(Path.cwd()) else "python"
+    model, other = shlex.quote(str(output_dir)), shlex.quote(f"{output_dir}-finetuned")
+    print(
+        f"\nNext:\n"
+        f"  read the card and the figures   {output_dir / 'README.md'}\n"
+        f"  install what the demo needs     {python} -m pip install -e '.[space]'\n"
+        f"  try it in a browser             {python} spaces/app.py --model {model}\n"
+        f"  train on your own images        {python} -m trainers.finetune --dataset path/to/images "
+        f"--model {model} --output_dir {other}"
+    )
