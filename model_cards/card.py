@@ -14,14 +14,16 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from model_cards.figures import collect_curves, plot_confusion_matrix, plot_training_curves
+from model_cards.figures import collect_curves, plot_confusion_matrix, plot_images, plot_training_curves
 
 
 TEMPLATE_PATH = Path(__file__).with_name("template.md")
 TRAINING_CURVES = "training_curves.png"
 CONFUSION_MATRIX = "confusion_matrix.png"
+RECONSTRUCTIONS = "reconstructions.png"
 FIGURE_DPI = 150
 MAX_WORST_CLASSES = 5
+CLASSIFICATION, FEATURES = "image-classification", "image-feature-extraction"
 METRIC_TITLES = {"accuracy": "Accuracy", "top5_accuracy": "Top-5 accuracy", "macro_f1": "Macro F1", "loss": "Loss"}
 
 
@@ -30,6 +32,7 @@ class TrainingRun:
     """What is known of a training run. Only the name is required; None and empty mean "not known"."""
 
     name: str  # a Hub id, which the snippets load, or the name of the checkpoint's folder, in which they run
+    task: str = CLASSIFICATION  # the pipeline that runs the model: or FEATURES, of an encoder without a head
     license: str | None = None  # of the weights
     model_type: str = "vit_custom"
     preset: str | None = None  # the named architecture
@@ -47,6 +50,7 @@ class TrainingRun:
     evaluation_split: str | None = None  # the split of `results` and `confusion_matrix`
     results: Mapping[str, float] | None = None  # metric names without a prefix: {"accuracy": 0.91, "loss": 0.3}
     confusion_matrix: np.ndarray | None = None  # (C, C) counts, true classes down, predicted classes across
+    reconstructions: Sequence[Sequence[np.ndarray]] = ()  # rows of images (H, W, 3): whole, masked, reconstructed
     log_history: Sequence[Mapping] = ()  # the Trainer's state.log_history
 
     command: str | None = None
@@ -79,7 +83,9 @@ def write_card(output_dir: str | Path, run: TrainingRun) -> Path:
         figures[TRAINING_CURVES] = plot_training_curves(run.log_history)
     if run.confusion_matrix is not None:
         figures[CONFUSION_MATRIX] = plot_confusion_matrix(run.confusion_matrix, run.label_names)
-    for name in (TRAINING_CURVES, CONFUSION_MATRIX):
+    if run.reconstructions:
+        figures[RECONSTRUCTIONS] = plot_images(run.reconstructions, ("image", "masked", "reconstructed"))
+    for name in (TRAINING_CURVES, CONFUSION_MATRIX, RECONSTRUCTIONS):
         (output_dir / name).unlink(missing_ok=True)
         if name in figures:
             figures[name].savefig(output_dir / name, dpi=FIGURE_DPI)
@@ -101,6 +107,7 @@ def render_card(run: TrainingRun, figures: Collection[str] = ()) -> ModelCard:
         figures=figures,
         hub_id=run.name if is_hub_id(run.name) else None,
         custom_code=run.model_type == "vit_custom",
+        classifies=run.task == CLASSIFICATION,
         data_source=_describe_dataset(run),
         split_sizes=[(escape_markdown(name), f"{size:,}") for name, size in (run.split_sizes or {}).items()],
         command=None if run.command is None else _fence(run.command, "bash"),
@@ -116,7 +123,7 @@ def build_metadata(run: TrainingRun) -> ModelCardData:
     metadata = ModelCardData(
         license=run.license,
         library_name="transformers",
-        pipeline_tag="image-classification",
+        pipeline_tag=run.task,
         tags=[run.model_type, "vision"],
         datasets=[run.dataset] if run.dataset is not None and is_hub_id(run.dataset) else None,
         metrics=None if accuracy is None else ["accuracy"],
@@ -193,7 +200,8 @@ def _describe_model(run: TrainingRun) -> str:
     elif run.base_model is not None:
         facts.append(f"fine-tuned from the local checkpoint {escape_markdown(_name_local_folder(run.base_model))}")
     kind = "Vision Transformer" if run.model_type == "vit_custom" else "model"
-    return f"A {kind} (`{run.model_type}`) that classifies images" + "".join(f", {fact}" for fact in facts) + "."
+    purpose = "that classifies images" if run.task == CLASSIFICATION else "pretrained by reconstructing masked images"
+    return f"A {kind} (`{run.model_type}`) {purpose}" + "".join(f", {fact}" for fact in facts) + "."
 
 
 def _describe_evaluation(run: TrainingRun) -> str:

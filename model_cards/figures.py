@@ -144,6 +144,24 @@ def plot_confusion_matrix(matrix: np.ndarray, label_names: Sequence[str]) -> Fig
     return figure
 
 
+def plot_images(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str]) -> Figure:
+    """Draws rows of images (H, W, 3), 8-bit, one column for each title; pixels stay sharp."""
+    widths = {len(row) for row in rows}
+    if widths != {len(titles)}:
+        raise ValueError(f"rows of {sorted(widths)} images do not fit {len(titles)} titles")
+    height, width = rows[0][0].shape[:2]
+    cell = 1.4
+    figure = Figure(figsize=(cell * len(titles), cell * height / width * len(rows) + 0.3), layout="compressed")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    for row, panels in zip(rows, figure.subplots(len(rows), len(titles), squeeze=False)):
+        for image, axes in zip(row, panels):
+            axes.imshow(image, interpolation="nearest")
+            axes.set_axis_off()
+    for axes, title in zip(figure.axes, titles):
+        axes.set_title(title, fontsize=TICK_FONT_SIZE, parse_math=False)
+    return figure
+
+
 def _shorten(name: str) -> str:
     """Puts a class name on one line of at most `MAX_LABEL_LENGTH` characters."""
     name = " ".join(name.split())

@@ -83,7 +83,7 @@ def train_classifier(command: TrainingCommand) -> None:
             if command.loss.teacher
             else None,
         )
-    print(describe(command.model.model, model, splits, training_args))
+    print(describe(f"{command.model.model}, {model.config.num_labels} classes", model, splits, training_args))
     trained, wall_time = train(trainer, command.program)
     trainer.save_metrics(TRAIN, trained.metrics)
     trainer.save_state()
@@ -175,16 +175,13 @@ def check_batch_size(training_args: TrainingArguments, num_images: int) -> None:
 
 
 def describe(name: str, model: PreTrainedModel, splits: DatasetDict, training_args: TrainingArguments) -> str:
-    """Two lines on what is about to happen."""
+    """Two lines on what is about to happen; `name` says of which model."""
     sizes = ", ".join(f"{len(split):,} {split_name}" for split_name, split in splits.items())
     steps, epochs = training_args.max_steps, training_args.num_train_epochs
     length = f"{steps:,} steps" if steps > 0 else f"{epochs:g} epochs"
     trained = model.num_parameters(only_trainable=True)
     of_them = "" if trained == model.num_parameters() else f" ({trained:,} of them trained)"
-    return (
-        f"{name}: {model.num_parameters():,} parameters{of_them}, {model.config.num_labels} classes\n"
-        f"{sizes} images; {length} on {describe_hardware()}"
-    )
+    return f"{name}: {model.num_parameters():,} parameters{of_them}\n{sizes} images; {length} on {describe_hardware()}"
 
 
 def show_predictions(output_dir: Path, dataset: Dataset, trust_remote_code: bool = False, count: int = 3) -> None:

@@ -70,14 +70,16 @@ def make_optimizer(name: str, groups: list[dict], betas: tuple[float, float], ep
     Muon, with AdamW for all but the blocks' matrices, are pytorch_optimizer's.
     """
     hidden = [group.pop("is_hidden") for group in groups]
+    # Schedules with a floor take the peak from the optimizer's default, not from its groups.
+    peak = max(group["lr"] for group in groups)
     if name == "adamw":
-        return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
+        return torch.optim.AdamW(groups, peak, betas=betas, eps=eps, fused=True)
     if name == "sgd":
-        return torch.optim.SGD(groups, momentum=momentum)
+        return torch.optim.SGD(groups, peak, momentum=momentum)
     if name == "lamb":
-        return pytorch_optimizer.Lamb(groups, betas=betas, eps=eps)
+        return pytorch_optimizer.Lamb(groups, peak, betas=betas, eps=eps)
     if name == "lars":
-        return pytorch_optimizer.LARS(groups, momentum=momentum)
+        return pytorch_optimizer.LARS(groups, peak, momentum=momentum)
     for group, is_hidden in zip(groups, hidden):
         group |= {"use_muon": True, **MUON} if is_hidden else {"use_muon": False, "betas": betas, "eps": eps}
-    return pytorch_optimizer.Muon(groups)
+    return pytorch_optimizer.Muon(groups, peak)

@@ -1,0 +1,199 @@
+"""Pretrain an encoder with the HF Trainer: by masked images, without labels, or as a classifier.
+
+Leaves a folder that the Auto classes open, `AutoModel` as an encoder and `AutoModelForImageClassification` with a new
+head, for trainers.finetune to go on from.
+"""
+
+import shlex
+import sys
+from collections.abc import Collection
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torchvision.transforms.v2 import Compose
+from transformers import (
+    AutoModelForMaskedImageModeling,
+    AutoModelForPreTraining,
+    BaseImageProcessor,
+    PreTrainedModel,
+    default_data_collator,
+    set_seed,
+)
+
+from model_cards.card import FEATURES, METRIC_TITLES, TrainingRun, write_card
+from model_cards.environment import describe_hardware, library_versions
+from modeling_vit_custom import ViTCustomConfig, list_presets
+from trainers.arguments import (
+    AugmentationArguments,
+    DataArguments,
+    LossArguments,
+    ModelArguments,
+    PretrainingArguments,
+    PretrainingTrainingArguments,
+    TrainingCommand,
+    parse_arguments,
+    report_user_errors,
+    write_recipe,
+)
+from trainers.augmentation import Augmentation, Crop
+from trainers.classification import check_batch_size, describe, train_classifier
+from trainers.data import BUILT_IN_TITLES, LABEL, TRAIN, VALIDATION, load_splits, processor_transform, with_transform
+from trainers.models import make_model, read_processor
+from trainers.probing import probe
+from trainers.reconstruction import reconstruct, to_images
+from trainers.runs import check_output_dir, format_command, train
+from trainers.vit_trainer import ViTTrainer
+
+
+PROGRAM = "python -m trainers.pretrain"
+EXAMPLES = f"""\
+  # a masked autoencoder on a folder of images, then a classifier of a part of them
+  {PROGRAM} --recipe mae --dataset path/to/images --model vit_small_patch16_224 --output_dir runs/mae
+  python -m trainers.finetune --recipe mae_finetune --dataset path/to/labelled --model runs/mae
+
+  # masked images for an encoder of shifted windows
+  {PROGRAM} --recipe simmim --dataset user/data --model swin_tiny_patch4_window7_224
+
+  # a classifier from random weights, by a recipe of trainers.finetune
+  {PROGRAM} --recipe deit --dataset user/data"""
+
+NUM_RECONSTRUCTIONS = 6
+MASKED = {
+    "masked_autoencoder": AutoModelForPreTraining,
+    "masked_image_modeling": AutoModelForMaskedImageModeling,
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    groups = [ModelArguments, DataArguments, AugmentationArguments, LossArguments, PretrainingTrainingArguments]
+    with report_user_errors("pretrain"):
+        arguments, *rest = parse_arguments([PretrainingArguments, *groups], argv, PROGRAM, __doc__, EXAMPLES)
+        command = TrainingCommand("pretrain", argv, *rest)
+    if arguments.objective == "supervised":
+        train_classifier(command)
+    else:
+        train_encoder(command, arguments)
+
+
+def train_encoder(command: TrainingCommand, arguments: PretrainingArguments) -> None:
+    """Learn to reconstruct masked images.
+
+    Raises:
+        SystemExit: with one line, where what was asked for cannot be done.
+    """
+    training_args = command.training
+    with report_user_errors(command.program):
+        check_given(command.given, arguments.objective)
+        check_output_dir(training_args)
+        set_seed(training_args.seed)
+        splits = load_splits(command.data, needs_labels=False)
+        check_batch_size(training_args, len(splits[TRAIN]))
+        model, processor = make_model(command.model, auto_class=MASKED[arguments.objective])
+        if model.config.model_type != ViTCustomConfig.model_type:
+            raise ValueError(f"--model {command.model.model!r} is a {model.config.model_type}, not a vit_custom")
+        size, mean, std = read_processor(processor)
+        crop, augmentation = Crop(command.augmentation, size), Augmentation(command.augmentation, mean, std)
+        on_device = command.augmentation.augment_on_device
+        # The loss is the model's own, of the images alone, and its reconstructions need not be collected.
+        training_args.label_names, training_args.prediction_loss_only = ["pixel_values"], True
+        trainer = ViTTrainer(
+            model=model,
+            args=training_args,
+            data_collator=default_data_collator,
+            train_dataset=with_transform(splits[TRAIN], crop if on_device else Compose([crop, augmentation])),
+            eval_dataset=with_transform(splits[VALIDATION], processor_transform(processor)),
+            processing_class=processor,
+            augmentation=augmentation if on_device else None,
+        )
+    print(describe(f"{command.model.model}, {arguments.objective}", model, splits, training_args))
+    trained, wall_time = train(trainer, command.program)
+    trainer.save_metrics(TRAIN, trained.metrics)
+    trainer.save_state()
+    metrics = trainer.evaluate(metric_key_prefix=VALIDATION)
+    trainer.save_model()
+    if not trainer.is_world_process_zero():
+        return
+
+    # From here on with what was saved, which may be the averaged weights.
+    model = type(model).from_pretrained(training_args.output_dir).to(training_args.device)
+    results = {"loss": metrics[f"{VALIDATION}_loss"]}
+    if LABEL in splits[TRAIN].features and arguments.probe_images:
+        results |= probe(
+            model,
+            *(with_transform(splits[name], processor_transform(processor)) for name in (TRAIN, VALIDATION)),
+            batch_size=training_args.per_device_eval_batch_size,
+            device=training_args.device,
+            max_images=arguments.probe_images,
+            seed=training_args.seed,
+        )
+    trainer.save_metrics(VALIDATION, metrics | {f"{VALIDATION}_{name}": value for name, value in results.items()})
+
+    output_dir = Path(training_args.output_dir)
+    from_scratch = command.model.model in list_presets()
+    dataset = command.data.dataset
+    run = TrainingRun(
+        name=training_args.hub_model_id or output_dir.resolve().name,
+        task=FEATURES,
+        preset=command.model.model if from_scratch else None,
+        num_parameters=model.base_model.num_parameters(),
+        image_size=size,
+        base_model=None if from_scratch else command.model.model,
+        from_scratch=from_scratch,
+        dataset=None if dataset in BUILT_IN_TITLES else dataset,
+        dataset_title=BUILT_IN_TITLES.get(dataset),
+        split_sizes={name: len(split) for name, split in splits.items()},
+        evaluation_split=VALIDATION,
+        results=results,
+        reconstructions=show_reconstructions(model, splits[VALIDATION], processor),
+        log_history=trainer.state.log_history,
+        command=format_command(command.program, command.argv),
+        seed=training_args.seed,
+        versions=library_versions(),
+        hardware=describe_hardware(),
+        wall_time=wall_time,
+    )
+    write_card(output_dir, run)
+    write_recipe(output_dir / "recipe.yaml", command.given)
+    judged = "".join(f", {METRIC_TITLES[name]} {value:.2%}" for name, value in results.items() if name != "loss")
+    print(
+        f"\n{VALIDATION} loss {results['loss']:.4f}{judged} after {wall_time:.0f} s of training; saved to {output_dir}\n"
+        f"\nNext:\n"
+        f"  read the card and the figures   {output_dir / 'README.md'}\n"
+        f"  fine-tune it                    python -m trainers.finetune --recipe mae_finetune "
+        f"--dataset path/to/images --model {shlex.quote(str(output_dir))}"
+    )
+
+
+def check_given(given: Collection[str], objective: str) -> None:
+    """Raises ValueError for a field that means nothing without labels, or for a head."""
+    without_meaning = {each.name for each in fields(LossArguments)} | {
+        "mixup",
+        "cutmix",
+        "mix_probability",
+        "mix_switch_probability",
+        "repeated_augmentation",
+        "unmixed_epochs",
+        "freeze_encoder",
+        "lora_rank",
+    }
+    for name in given:
+        if name in without_meaning:
+            raise ValueError(f"--{name} means nothing for --objective {objective}: leave it out")
+
+
+def show_reconstructions(model: PreTrainedModel, dataset: Dataset, processor: BaseImageProcessor) -> list:
+    """Rows of a few images as 8-bit arrays: whole, masked and reconstructed."""
+    few = with_transform(dataset.select(range(min(NUM_RECONSTRUCTIONS, len(dataset)))), processor_transform(processor))
+    pixels = torch.stack([row["pixel_values"] for row in few]).to(model.device)
+    mask, reconstructed = reconstruct(model.eval(), pixels)
+    # The mean colour where nothing was seen.
+    columns = (pixels, pixels.masked_fill(mask, 0.0), reconstructed)
+    _, mean, std = read_processor(processor)
+    return list(zip(*(to_images(column, mean, std) for column in columns)))
+
+
+if __name__ == "__main__":
+    main()

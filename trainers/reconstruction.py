@@ -1,0 +1,47 @@
+"""What a masked model makes of images: for figures."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modeling_vit_custom import ViTCustomForMaskedImageModeling, ViTCustomForPreTraining
+from modeling_vit_custom.modeling_vit_custom import count_patches, patchify
+
+
+@torch.no_grad()
+def reconstruct(
+    model: ViTCustomForPreTraining | ViTCustomForMaskedImageModeling, pixels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Normalised pixels (B, C, H, W) -> the masked pixels (B, 1, H, W), and the images with these reconstructed."""
+    if isinstance(model, ViTCustomForPreTraining):
+        outputs = model(pixels)
+        patches = outputs.logits.float()
+        if model.config.norm_pix_loss:
+            # The loss asks for patches of mean 0 and deviation 1: give each back what it had.
+            variance, mean = torch.var_mean(patchify(pixels.float(), model.patch_size), dim=-1, keepdim=True)
+            patches = patches * (variance + 1e-6).sqrt() + mean
+        mask = outputs.mask[:, :, None].expand(-1, -1, model.patch_size**2)
+        reconstruction, mask = (_unpatchify(each, pixels, model.patch_size) for each in (patches, mask))
+    else:
+        mask = model.make_mask(pixels)
+        reconstruction = model(pixels, bool_masked_pos=mask).reconstruction.float()
+        mask = mask[:, None].repeat_interleave(model.patch_size, 2).repeat_interleave(model.patch_size, 3)
+        mask = mask[:, :, : pixels.shape[2], : pixels.shape[3]]
+    return mask.bool(), torch.where(mask.bool(), reconstruction, pixels)
+
+
+def _unpatchify(patches: Tensor, pixels: Tensor, patch_size: int) -> Tensor:
+    """The inverse of `patchify`, cut to the size of the images: (B, N, patch * patch * C) -> (B, C, H, W)."""
+    height, width = pixels.shape[2:]
+    grid = count_patches((height, width), patch_size)
+    image = patches.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, grid)
+    return image.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)[:, :, :height, :width]
+
+
+def to_images(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> list[np.ndarray]:
+    """Normalised pixels (B, C, H, W) -> 8-bit images (H, W, C)."""
+    mean, std = (torch.tensor(values, device=pixels.device).view(1, -1, 1, 1) for values in (mean, std))
+    images = ((pixels.float() * std + mean) * 255).round().clamp(0, 255).byte()
+    return list(images.permute(0, 2, 3, 1).cpu().numpy())
