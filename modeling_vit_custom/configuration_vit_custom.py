@@ -80,7 +80,9 @@ class ViTCustomConfig(BackboneConfigMixin, PreTrainedConfig):
         position_embedding_type (`str` or `list[str]`, defaults to `"learned"`): `"learned"`, `"sincos2d"` (fixed,
             https://arxiv.org/abs/2111.06377, appendix A.1) or `"none"`; added to a stage's patches.
         position_antialias (`bool`, defaults to `False`): Antialias when positions are interpolated.
-        pooling (`str`, defaults to `"cls"`): `"cls"` or `"mean"` (over the patches, after the final norm).
+        pooling (`str`, defaults to `"cls"`): `"cls"` or `"mean"` (over the patches).
+        norm_after_pooling (`bool`, defaults to `False`): The final norm follows the pooling instead of preceding it, so
+            that the tokens come without one; as masked autoencoders are fine-tuned (https://arxiv.org/abs/2111.06377).
         hidden_act (`str`, defaults to `"gelu"`): `"gelu"` (exact) or `"gelu_pytorch_tanh"`.
         qkv_bias (`bool`, defaults to `True`): Bias in the projections to queries, keys and values.
         qk_norm (`bool`, defaults to `False`): Layer norm over each head's queries and keys.
@@ -100,6 +102,8 @@ class ViTCustomConfig(BackboneConfigMixin, PreTrainedConfig):
         head_initializer_range (`float`, *optional*): The same for classification heads; 0.0 starts them from zero.
         head_bias_init (`float`, defaults to 0.0): Initial bias of classification heads; -log(number of classes) suits
             a sigmoid loss.
+        head_batch_norm (`bool`, defaults to `False`): Batch norm without learnt scale and shift before the classifier,
+            for linear probing (https://arxiv.org/abs/2111.06377, appendix A.1).
         mask_ratio (`float`, defaults to 0.75): Share of the patches that masked pretraining hides.
         mask_patch_size (`int`, defaults to 32): Side in pixels of the squares that masked image modeling hides
             (https://arxiv.org/abs/2111.09886, section 3.2).
@@ -140,6 +144,7 @@ class ViTCustomConfig(BackboneConfigMixin, PreTrainedConfig):
     position_embedding_type: str | list[str] = "learned"
     position_antialias: bool = False
     pooling: str = "cls"
+    norm_after_pooling: bool = False
     hidden_act: str = "gelu"
     qkv_bias: bool = True
     qk_norm: bool = False
@@ -155,6 +160,7 @@ class ViTCustomConfig(BackboneConfigMixin, PreTrainedConfig):
     initializer_range: float = 0.02
     head_initializer_range: float | int | None = None
     head_bias_init: float | int = 0.0
+    head_batch_norm: bool = False
     mask_ratio: float | int = 0.75
     mask_patch_size: int = 32
     norm_pix_loss: bool = False
@@ -334,6 +340,13 @@ class ViTCustomConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError("pooling='cls' needs use_class_token=True; without a class token use pooling='mean'")
         if self.use_distillation_token and not self.use_class_token:
             raise ValueError("use_distillation_token=True needs use_class_token=True, whose head it accompanies")
+        if self.norm_after_pooling and self.use_distillation_token:
+            raise ValueError(
+                "norm_after_pooling=True leaves the distillation token, which is not pooled, without a norm: "
+                "set use_distillation_token=False"
+            )
+        if self.head_batch_norm and self.use_distillation_token:
+            raise ValueError("head_batch_norm=True is for a single head: set use_distillation_token=False")
         if self.patch_dropout > 0 and not self.is_plain:
             raise ValueError(
                 f"patch_dropout={self.patch_dropout} needs a single stage of global attention (sr_ratios=1, "

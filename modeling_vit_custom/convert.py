@@ -118,6 +118,7 @@ _TIMM_VIT: Rules = [
     (r"patch_embed\.proj\.(\w+)", r"model.stages.0.embedding.projection.\1"),
     (r"blocks\.(\d+)\.(?P<rest>.+)", r"model.stages.0.blocks.\1.", _TIMM_BLOCK),
     (r"norm\.(\w+)", r"model.norm.\1"),
+    (r"fc_norm\.(\w+)", r"model.pooling.norm.\1"),
     (r"head\.(\w+)", r"head.classifier.\1"),
     (r"head_dist\.(\w+)", r"head.distillation_classifier.\1"),
 ]
@@ -326,8 +327,10 @@ def _read_timm_vit(model: nn.Module) -> dict:
         raise ValueError("a model without a final norm (final_norm=False) has no counterpart")
     if model.global_pool == "avg" and model.pool_include_prefix:
         raise ValueError("pool_include_prefix=True has no counterpart: prefix tokens stay out of the mean")
-    if type(model.norm_pre).__name__ != "Identity" or type(model.fc_norm).__name__ != "Identity":
-        raise ValueError("norms before the first block (norm_pre) or after pooling (fc_norm) have no counterpart")
+    if type(model.norm_pre).__name__ != "Identity":
+        raise ValueError("a norm before the first block (norm_pre) has no counterpart")
+    if distilled and isinstance(model.norm, nn.Identity):
+        raise ValueError("fc_norm=True has no counterpart in a distilled model: both of its heads skip that norm")
     if model.attn_pool is not None or model.global_pool not in ("token", "avg"):
         raise ValueError(f"global_pool={model.global_pool!r} has no counterpart: only 'token' and 'avg' have")
     registers = getattr(model, "num_reg_tokens", 0)
@@ -345,11 +348,12 @@ def _read_timm_vit(model: nn.Module) -> dict:
         "position_embedding_type": "none" if model.pos_embed is None else "learned",
         "position_antialias": model.pos_embed is not None,
         "pooling": "cls" if model.global_pool == "token" else "mean",
+        "norm_after_pooling": isinstance(model.norm, nn.Identity),
         "qkv_bias": block.attn.qkv.bias is not None,
         "qk_norm": type(block.attn.q_norm).__name__ != "Identity",
         "layer_scale_init_value": 1e-6 if hasattr(block.ls1, "gamma") else None,
         "hidden_act": _read_timm_activation(block.mlp.act),
-        "layer_norm_eps": model.norm.eps,
+        "layer_norm_eps": block.norm1.eps,
     }
 
 

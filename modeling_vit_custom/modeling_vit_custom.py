@@ -569,21 +569,26 @@ class Stage(nn.Module):
 
 
 class MeanPooling(nn.Module):
-    """Mean over the patches, without prefix tokens: (B, P + N, D) -> (B, D)."""
+    """Mean over the patches, without prefix tokens, then a norm: (B, P + N, D) -> (B, D)."""
 
-    def __init__(self, num_prefix_tokens: int):
+    def __init__(self, norm: nn.Module, num_prefix_tokens: int):
         super().__init__()
+        self.norm = norm
         self.num_prefix_tokens = num_prefix_tokens
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states[:, self.num_prefix_tokens :].mean(dim=1)
+        return self.norm(hidden_states[:, self.num_prefix_tokens :].mean(dim=1))
 
 
 class ClassTokenPooling(nn.Module):
-    """The class token: (B, P + N, D) -> (B, D)."""
+    """The class token, then a norm: (B, P + N, D) -> (B, D)."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm = norm
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states[:, 0]
+        return self.norm(hidden_states[:, 0])
 
 
 # ----------------------------------------------------------------------------------------------------------- encoder
@@ -698,6 +703,10 @@ class ViTCustomPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm1d):
+            init.zeros_(module.running_mean)
+            init.ones_(module.running_var)
+            init.zeros_(module.num_batches_tracked)
         elif isinstance(module, LayerScale):
             init.constant_(module.weight, module.init_value)
         elif isinstance(module, PositionEmbedding) and module.is_fixed:
@@ -711,15 +720,19 @@ class ViTCustomPreTrainedModel(PreTrainedModel):
 
 
 class ViTCustomModel(ViTCustomPreTrainedModel):
-    """The encoder: a sequence of stages, a final norm and a pooling."""
+    """The encoder: a sequence of stages and a pooling, with a final norm before or after it."""
 
     def __init__(self, config: ViTCustomConfig, use_mask_token: bool = False):
         super().__init__(config)
         self.stages = nn.ModuleList(
             [Stage(config, stage, use_mask_token and index == 0) for index, stage in enumerate(config.stages)]
         )
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.pooling = ClassTokenPooling() if config.pooling == "cls" else MeanPooling(config.num_prefix_tokens)
+        norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm, pooled_norm = (nn.Identity(), norm) if config.norm_after_pooling else (norm, nn.Identity())
+        if config.pooling == "cls":
+            self.pooling = ClassTokenPooling(pooled_norm)
+        else:
+            self.pooling = MeanPooling(pooled_norm, config.num_prefix_tokens)
         self.post_init()
 
     @can_return_tuple
@@ -732,6 +745,8 @@ class ViTCustomModel(ViTCustomPreTrainedModel):
         output_hidden_states: bool | None = None,
     ) -> BaseModelOutputWithPooling:
         """(B, C, H, W) -> tokens (B, P + N, D) of the last stage after the final norm, and their pooling (B, D).
+
+        With `config.norm_after_pooling` the tokens are those of the last block, and their pooling is normalised.
 
         Args:
             pixel_values: Images (B, C, H, W) of any size.
@@ -936,6 +951,22 @@ class ClassTokenHead(nn.Module):
         return self.classifier(pooled), None, None
 
 
+class BatchNormHead(nn.Module):
+    """One head on pooled tokens that a batch norm without learnt scale standardises: -> logits (B, L), None, None.
+
+    Linear probing of the masked autoencoder, https://arxiv.org/abs/2111.06377, appendix A.1. The statistics are those
+    of the batch that one device sees at once.
+    """
+
+    def __init__(self, config: ViTCustomConfig):
+        super().__init__()
+        self.batch_norm = nn.BatchNorm1d(config.hidden_size, eps=1e-6, affine=False)
+        self.classifier = ClassificationHead(config.hidden_size, config.num_labels)
+
+    def forward(self, pooled: Tensor, hidden_states: Tensor) -> tuple[Tensor, None, None]:
+        return self.classifier(self.batch_norm(pooled)), None, None
+
+
 class DistilledHead(nn.Module):
     """A second head on the distillation token: -> mean logits, class logits, distillation logits, each (B, L).
 
@@ -952,6 +983,15 @@ class DistilledHead(nn.Module):
         return (cls_logits + distillation_logits) / 2, cls_logits, distillation_logits
 
 
+def make_head(config: ViTCustomConfig) -> ClassTokenHead | BatchNormHead | DistilledHead:
+    """The classification head, or two where there is a distillation token."""
+    if config.use_distillation_token:
+        return DistilledHead(config)
+    if config.head_batch_norm:
+        return BatchNormHead(config)
+    return ClassTokenHead(config)
+
+
 class ViTCustomForImageClassification(ViTCustomPreTrainedModel):
     """The encoder with a classification head, or two where there is a distillation token."""
 
@@ -960,7 +1000,7 @@ class ViTCustomForImageClassification(ViTCustomPreTrainedModel):
     def __init__(self, config: ViTCustomConfig):
         super().__init__(config)
         self.model = ViTCustomModel(config)
-        self.head = DistilledHead(config) if config.use_distillation_token else ClassTokenHead(config)
+        self.head = make_head(config)
         self.post_init()
 
     @can_return_tuple
@@ -1004,6 +1044,19 @@ class ViTCustomForImageClassification(ViTCustomPreTrainedModel):
         )
 
 
+def check_tokens_are_normalised(config: ViTCustomConfig):
+    """Refuse an encoder that normalises its pooling only: a reconstruction reads the tokens.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    if config.norm_after_pooling:
+        raise ValueError(
+            "a reconstruction reads tokens, which norm_after_pooling=True leaves without a norm: "
+            "set norm_after_pooling=False"
+        )
+
+
 class Decoder(nn.Module):
     """Predict all patches' pixels from the visible ones: (B, P + n, D) -> (B, N, patch * patch * C).
 
@@ -1037,7 +1090,8 @@ class ViTCustomForPreTraining(ViTCustomPreTrainedModel):
     """Masked autoencoder: the encoder sees the visible patches only (https://arxiv.org/abs/2111.06377).
 
     Raises:
-        ValueError: for an encoder that cannot drop patches, i.e. one with several stages, windows or reduced keys.
+        ValueError: for an encoder that cannot drop patches, i.e. one with several stages, windows or reduced keys, or
+            one whose tokens have no norm.
     """
 
     def __init__(self, config: ViTCustomConfig):
@@ -1048,6 +1102,7 @@ class ViTCustomForPreTraining(ViTCustomPreTrainedModel):
                 f"sr_ratios={config.sr_ratios} and window_size={config.window_size}; "
                 "use ViTCustomForMaskedImageModeling, whose encoder sees all patches"
             )
+        check_tokens_are_normalised(config)
         for name in (
             "decoder_hidden_size",
             "decoder_num_hidden_layers",
@@ -1144,6 +1199,9 @@ class ViTCustomForMaskedImageModeling(ViTCustomPreTrainedModel):
     """Masked image modeling with mask tokens and a linear decoder, for every encoder.
 
     SimMIM, https://arxiv.org/abs/2111.09886: L1 over the masked pixels.
+
+    Raises:
+        ValueError: if patches are dropped, nothing is masked, squares are not whole patches, or tokens have no norm.
     """
 
     def __init__(self, config: ViTCustomConfig):
@@ -1156,6 +1214,7 @@ class ViTCustomForMaskedImageModeling(ViTCustomPreTrainedModel):
             raise ValueError(
                 f"mask_patch_size={config.mask_patch_size} must be a multiple of the first patch_size={patch_size}"
             )
+        check_tokens_are_normalised(config)
         super().__init__(config)
         self.model = ViTCustomModel(config, use_mask_token=True)
         self.patch_size = patch_size
@@ -1221,7 +1280,8 @@ class ViTCustomBackbone(BackboneMixin, ViTCustomPreTrainedModel):
     """Feature maps of any stage or block, (B, D, h, w) each, for dense prediction.
 
     Maps of the last stage pass the encoder's final norm, those of earlier stages a norm of their own that training
-    has to fit. With `config.out_strides` they are resized to these strides.
+    has to fit. So do all maps of an encoder with `config.norm_after_pooling`: its norm was fitted to means of patches,
+    not to patches. With `config.out_strides` maps are resized to these strides.
 
     Raises:
         ValueError: if `config.out_strides` has another length than `config.out_features`, or patches are dropped.
@@ -1247,7 +1307,7 @@ class ViTCustomBackbone(BackboneMixin, ViTCustomPreTrainedModel):
             {
                 name: nn.LayerNorm(self.num_features[index], eps=config.layer_norm_eps)
                 for name, index in zip(config.out_features, config.out_indices)
-                if self.stage_of[index] != last
+                if self.stage_of[index] != last or config.norm_after_pooling
             }
         )
         self.post_init()

@@ -39,14 +39,17 @@ OPTIONS = {
     "position_antialias": True,
     "position_embedding_type": "sincos2d",
 }
-# These have none for an encoder with windows in its last stage, or with several stages.
+# These have none for an encoder with windows in its last stage, with several stages, or with a distillation token.
 PREFIX_OPTIONS = {"num_register_tokens": 3}
 ONE_STAGE_OPTIONS = {"patch_dropout": 0.25}
+ONE_HEAD_OPTIONS = {"norm_after_pooling": True, "head_batch_norm": True}
 
 
 def all_options(architecture: str) -> dict:
     prefix = {} if architecture == "swin" else PREFIX_OPTIONS
-    return {**OPTIONS, **prefix, **(ONE_STAGE_OPTIONS if architecture in ONE_STAGE_ARCHITECTURES else {})}
+    one_stage = ONE_STAGE_OPTIONS if architecture in ONE_STAGE_ARCHITECTURES else {}
+    one_head = {} if architecture == "deit" else ONE_HEAD_OPTIONS
+    return {**OPTIONS, **prefix, **one_stage, **one_head}
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -56,6 +59,8 @@ def test_all_options_together(head, architecture):
     options = all_options(architecture)
     if head in (ViTCustomBackbone, ViTCustomForMaskedImageModeling):
         options.pop("patch_dropout", None)  # feature maps need all patches
+    if head in (ViTCustomForPreTraining, ViTCustomForMaskedImageModeling):
+        options.pop("norm_after_pooling", None)  # a reconstruction needs normalised tokens
     model = head(tiny_config(architecture, **options)).train()
     images = random_images(channels=1)
     labels = {"labels": torch.tensor([0, 4])} if head is ViTCustomForImageClassification else {}
@@ -90,6 +95,8 @@ def test_all_options_together(head, architecture):
             {"use_class_token": False, "pooling": "mean", "use_distillation_token": True},
             "use_distillation_token=True needs use_class_token=True",
         ),
+        ("deit", {"norm_after_pooling": True}, "norm_after_pooling=True leaves the distillation token"),
+        ("deit", {"head_batch_norm": True}, "head_batch_norm=True is for a single head"),
         ("vit", {"pooling": "max"}, "pooling='max' must be one of 'cls', 'mean'"),
         ("vit", {"hidden_act": "relu"}, "hidden_act='relu' must be one of"),
         ("vit", {"position_embedding_type": "rotary"}, "position_embedding_type='rotary' must be one of"),
@@ -158,6 +165,8 @@ def test_impossible_mixes_are_refused_in_one_line(architecture, fields, message)
         (ViTCustomForPreTraining, "vit", {"decoder_num_attention_heads": 0}, "decoder_num_attention_heads=0"),
         (ViTCustomForMaskedImageModeling, "vit", {"mask_patch_size": 12}, "mask_patch_size=12 must be a multiple"),
         (ViTCustomForMaskedImageModeling, "vit", {"patch_dropout": 0.5}, "patch_dropout=0.0, not 0.5"),
+        (ViTCustomForPreTraining, "vit", {"norm_after_pooling": True}, "set norm_after_pooling=False"),
+        (ViTCustomForMaskedImageModeling, "swin", {"norm_after_pooling": True}, "set norm_after_pooling=False"),
         (ViTCustomBackbone, "vit", {"patch_dropout": 0.5}, "patch_dropout=0.0, not 0.5"),
         (ViTCustomBackbone, "pvt", {"out_strides": [4, 8]}, "out_strides=[4, 8] must have one entry for each"),
     ],
@@ -181,6 +190,8 @@ def test_a_head_refuses_what_it_cannot_be_built_on(head, architecture, fields, m
         ("depths", 2),
         ("use_class_token", "yes"),
         ("pooling", 3),
+        ("norm_after_pooling", "mean"),
+        ("head_batch_norm", 1),
         ("drop_path_rate", "0.1"),
         ("layer_norm_eps", None),
         ("qkv_bias", 1),

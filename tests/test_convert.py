@@ -135,6 +135,12 @@ CLASSIFIERS: dict[str, tuple[str, Build]] = {
         "timm",
         partial(timm_vit, global_pool="avg", fc_norm=False, class_token=False, reg_tokens=2),
     ),
+    "timm ViT, norm after mean pooling": ("timm", partial(timm_vit, global_pool="avg")),
+    "timm ViT, norm after mean pooling, registers, no class token": (
+        "timm",
+        partial(timm_vit, global_pool="avg", fc_norm=True, class_token=False, reg_tokens=2),
+    ),
+    "timm ViT, norm after the class token": ("timm", partial(timm_vit, global_pool="token", fc_norm=True)),
     "timm ViT, no qkv bias, MLP ratio 2": ("timm", partial(timm_vit, qkv_bias=False, mlp_ratio=2.0)),
     "timm ViT, tanh GELU": ("timm", partial(timm_vit, act_layer=partial(nn.GELU, approximate="tanh"))),
     # With a class token timm's oldest versions lose it here.
@@ -237,7 +243,10 @@ def test_the_dtype_stays(library: str, build: Build):
     torch.testing.assert_close(sum(p.double().abs().sum() for p in ours.parameters()), count, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("build", [timm_vit, timm_deit3, timm_swin, partial(timm_vit, reg_tokens=2)])
+@pytest.mark.parametrize(
+    "build",
+    [timm_vit, timm_deit3, timm_swin, partial(timm_vit, reg_tokens=2), partial(timm_vit, global_pool="avg")],
+)
 @torch.no_grad()
 def test_timm_models_without_a_classifier_give_the_same_features(build: Build):
     peer = build(num_classes=0)
@@ -455,6 +464,11 @@ GRADIENTS: dict[str, tuple[str, Build, dict[str, list[str]]]] = {
             f"{BLOCK}.mlp_scale.weight": ["blocks.1.ls2.gamma"],
         },
     ),
+    "timm ViT, norm after mean pooling": (
+        "timm",
+        partial(timm_vit, global_pool="avg"),
+        {"model.pooling.norm.weight": ["fc_norm.weight"], "model.pooling.norm.bias": ["fc_norm.bias"]},
+    ),
     "timm Swin": (
         "timm",
         timm_swin,
@@ -588,7 +602,7 @@ REFUSED: dict[str, tuple[str, Build, str]] = {
     "overlapping patches": ("transformers", partial(pvt, strides=[3, 2, 2, 2]), "strides"),
     "class position in the decoder": ("transformers", mae_with_a_decoder_position_of_the_class_token, "decoder"),
     "timm ResNet": ("timm", lambda: timm.create_model("resnet18", num_classes=7), "ResNet"),
-    "timm norm after pooling": ("timm", partial(timm_vit, global_pool="avg"), "fc_norm"),
+    "timm norm that no head applies": ("timm", partial(timm_deit_distilled, fc_norm=True), "fc_norm"),
     "timm norm before the blocks": ("timm", partial(timm_vit, pre_norm=True), "norm_pre"),
     "timm no final norm": ("timm", partial(timm_vit, final_norm=False), "norm"),
     "timm attention pooling": ("timm", partial(timm_vit, global_pool="map"), "global_pool"),

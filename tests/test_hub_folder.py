@@ -162,8 +162,13 @@ def saved(tmp_path_factory):
     torch.save(images, root / "images.pt")
     for head, name in HEADS_AND_ARCHITECTURES:
         fields = {"layer_scale_init_value": 0.1, "qk_norm": True}
+        if head is ViTCustomForImageClassification and name in ("vit", "swin"):
+            fields |= {"pooling": "mean", "norm_after_pooling": True, "head_batch_norm": True}
         labels = dict(enumerate(["ant", "bee", "cat", "dog", "eel"]))
         model = tiny_model(head, name, id2label=labels, label2id={v: k for k, v in labels.items()}, **fields)
+        with torch.no_grad():
+            model.train()(images)  # a batch norm has seen something
+        model.eval()
         folder = root / "folders" / f"{AUTO_CLASSES[head.__name__]}-{name}"
         model.save_pretrained(folder)
         ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)

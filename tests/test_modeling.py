@@ -91,8 +91,14 @@ def plain_vit_logits(model, image: torch.Tensor) -> torch.Tensor:
         tokens = tokens + dense(state, block + "mlp.fc2", hidden) * state.get(
             block + "mlp_scale.weight", torch.ones(())
         )
-    tokens = layer_norm(state, "model.norm", tokens, eps)
+    if not config.norm_after_pooling:
+        tokens = layer_norm(state, "model.norm", tokens, eps)
     pooled = tokens[0] if config.pooling == "cls" else tokens[config.num_prefix_tokens :].mean(0)
+    if config.norm_after_pooling:
+        pooled = layer_norm(state, "model.pooling.norm", pooled, eps)
+    if config.head_batch_norm:
+        variance = state["head.batch_norm.running_var"]
+        pooled = (pooled - state["head.batch_norm.running_mean"]) / (variance + 1e-6).sqrt()
     logits = dense(state, "head.classifier", pooled)
     if config.use_distillation_token:
         logits = (logits + dense(state, "head.distillation_classifier", tokens[1])) / 2
@@ -114,6 +120,16 @@ def test_global_encoder_follows_the_equations(name, fields):
     model = tiny_model(ViTCustomForImageClassification, name, **fields).double()
     image = random_images(1).double()
     expected = plain_vit_logits(model, image[0])
+    torch.testing.assert_close(model(image).logits[0], expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_norms_around_the_pooling_follow_the_equations(pooling):
+    fields = {"pooling": pooling, "norm_after_pooling": True, "head_batch_norm": True, "layer_norm_eps": 0.01}
+    model = tiny_model(ViTCustomForImageClassification, "vit", num_register_tokens=3, **fields).double()
+    model.train()(random_images(8).double())
+    image = random_images(1, seed=3).double()
+    expected = plain_vit_logits(model.eval(), image[0])
     torch.testing.assert_close(model(image).logits[0], expected, rtol=0, atol=1e-9)
 
 
@@ -200,6 +216,45 @@ def test_mean_pooling_leaves_prefix_tokens_out(name):
     assert outputs.last_hidden_state.shape[1] == num_patches + model.config.num_prefix_tokens
     expected = outputs.last_hidden_state[:, -num_patches:].sum(dim=1) / num_patches
     torch.testing.assert_close(outputs.pooler_output, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "pooling"), [("vit", "cls"), ("vit", "mean"), ("pvt", "cls"), ("pvt", "mean"), ("swin", "mean")]
+)
+def test_the_norm_is_before_or_after_the_pooling(name, pooling):
+    before = tiny_model(ViTCustomModel, name, pooling=pooling)
+    after = tiny_model(ViTCustomModel, name, pooling=pooling, norm_after_pooling=True)
+    after.pooling.norm.load_state_dict(before.norm.state_dict())
+    missing, unexpected = after.load_state_dict(before.state_dict(), strict=False)
+    assert set(missing) == {"pooling.norm.weight", "pooling.norm.bias"}
+    assert set(unexpected) == {"norm.weight", "norm.bias"}
+    images = random_images()
+    expected, outputs = before(images), after(images, output_hidden_states=True)
+    assert torch.equal(outputs.last_hidden_state, outputs.hidden_states[-1])
+    torch.testing.assert_close(before.norm(outputs.last_hidden_state), expected.last_hidden_state)
+    if pooling == "cls":  # a norm of each token by itself
+        torch.testing.assert_close(outputs.pooler_output, expected.pooler_output)
+    else:
+        patches = outputs.last_hidden_state[:, after.config.num_prefix_tokens :]
+        torch.testing.assert_close(outputs.pooler_output, before.norm(patches.mean(dim=1)))
+        assert not torch.allclose(outputs.pooler_output, expected.pooler_output, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["vit", "pvt", "swin"])
+def test_batch_norm_of_a_head_by_hand(name):
+    model = tiny_model(ViTCustomForImageClassification, name, head_batch_norm=True)
+    classifier, images = model.head.classifier, random_images(6)
+    assert not list(model.head.batch_norm.parameters())
+    with torch.no_grad():
+        pooled = model.model(images).pooler_output
+        centred = pooled - pooled.mean(dim=0)
+        variance = centred.square().mean(dim=0)
+        torch.testing.assert_close(model.train()(images).logits, classifier(centred / (variance + 1e-6).sqrt()))
+        # The running variance is that of a sample, and starts from one as the mean does from zero.
+        running_mean, running_variance = 0.1 * pooled.mean(dim=0), 0.9 + 0.1 * variance * 6 / 5
+        expected = classifier((pooled - running_mean) / (running_variance + 1e-6).sqrt())
+        torch.testing.assert_close(model.eval()(images).logits, expected)
+        torch.testing.assert_close(model(images[:1]).logits, expected[:1])
 
 
 @pytest.mark.parametrize("name", ["vit", "deit", "pvt"])
@@ -465,6 +520,53 @@ def test_a_head_takes_the_encoder_of_another(architecture, tmp_path):
     torch.testing.assert_close(encoder(images)[0], pretrained.model(images)[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["vit", "pvt", "swin"])
+def test_a_norm_after_pooling_starts_anew(name, tmp_path):
+    pretrained = tiny_model(ViTCustomForMaskedImageModeling, name)
+    pretrained.save_pretrained(tmp_path / "pretrained")
+    model, info = ViTCustomForImageClassification.from_pretrained(
+        tmp_path / "pretrained", pooling="mean", norm_after_pooling=True, output_loading_info=True
+    )
+    norm, head = {"model.pooling.norm.weight", "model.pooling.norm.bias"}, {"head.classifier.weight"}
+    assert set(info["missing_keys"]) == norm | head | {"head.classifier.bias"}
+    assert {"model.norm.weight", "model.norm.bias"} < set(info["unexpected_keys"])
+    assert (model.model.pooling.norm.weight == 1).all()
+    assert (model.model.pooling.norm.bias == 0).all()
+    images = random_images()
+    expected = pretrained.model(images, output_hidden_states=True).hidden_states[-1]
+    assert torch.equal(model.model(images).last_hidden_state, expected)
+
+    scramble(model).save_pretrained(tmp_path / "tuned")
+    loaded, info = ViTCustomForImageClassification.from_pretrained(tmp_path / "tuned", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert loaded.config.norm_after_pooling
+    assert same_state(loaded, model)
+    assert torch.equal(loaded(images).logits, model(images).logits)
+
+
+@pytest.mark.parametrize("head", [ViTCustomForImageClassification, ViTCustomForMaskedImageModeling])
+def test_a_batch_norm_starts_anew_and_comes_back(head, tmp_path):
+    tiny_model(head, "vit").save_pretrained(tmp_path / "pretrained")
+    model, info = ViTCustomForImageClassification.from_pretrained(
+        tmp_path / "pretrained", head_batch_norm=True, output_loading_info=True
+    )
+    buffers = {f"head.batch_norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    assert buffers <= set(info["missing_keys"])
+    fresh = nn.BatchNorm1d(32, eps=1e-6, affine=False)
+    for name, buffer in fresh.named_buffers():
+        found = getattr(model.head.batch_norm, name)
+        assert found.device.type == "cpu" and found.dtype == buffer.dtype
+        assert torch.equal(found, buffer)
+
+    model.train()(random_images(4))
+    assert not torch.allclose(model.head.batch_norm.running_var, fresh.running_var)
+    model.eval().save_pretrained(tmp_path / "probed")
+    loaded, info = ViTCustomForImageClassification.from_pretrained(tmp_path / "probed", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert same_state(loaded, model)
+    assert torch.equal(loaded(random_images()).logits, model(random_images()).logits)
+
+
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
 def test_device_map(architecture, device_map, tmp_path):
     model = tiny_model(ViTCustomForImageClassification, architecture)
@@ -643,6 +745,22 @@ def test_classifier_compiles_in_one_graph(architecture):
     outputs = compiled(images, labels=labels)
     torch.testing.assert_close(outputs.logits, expected.logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(outputs.loss, expected.loss, rtol=1e-4, atol=1e-5)
+
+
+def test_norms_around_the_pooling_compile_and_export():
+    torch._dynamo.reset()
+    fields = {"pooling": "mean", "norm_after_pooling": True, "head_batch_norm": True}
+    model, images = tiny_model(ViTCustomForImageClassification, "vit", **fields), random_images(4)
+    model.train()(images)
+    expected = model.eval()(images).logits
+    program = torch.export.export(model, (images,))
+    torch.testing.assert_close(program.module()(images)[0], expected, rtol=1e-4, atol=1e-5)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images).logits, expected, rtol=1e-4, atol=1e-5)
+    other, labels = copy.deepcopy(model), torch.tensor([0, 1, 2, 3])
+    loss = compiled.train()(images, labels=labels).loss
+    torch.testing.assert_close(other.train()(images, labels=labels).loss, loss)
+    torch.testing.assert_close(other.head.batch_norm.running_var, model.head.batch_norm.running_var)
 
 
 @pytest.mark.slow
@@ -881,6 +999,18 @@ def test_backbone_maps_are_the_normed_hidden_states(architecture):
         tokens = norm(state)[:, state.shape[1] - feature_map[0, 0].numel() :]
         torch.testing.assert_close(feature_map.permute(0, 2, 3, 1).reshape(tokens.shape), tokens)
     assert set(backbone.norms) == {name for name in names if SHAPES[architecture][name][0] != 32}
+
+
+@pytest.mark.parametrize("name", ["vit", "pvt", "swin"])
+def test_every_map_has_a_norm_of_its_own_where_the_encoder_normalises_its_pooling(name):
+    names = list(SHAPES[name])
+    backbone = tiny_model(ViTCustomBackbone, name, out_features=names, norm_after_pooling=True)
+    assert set(backbone.norms) == set(names)
+    outputs = backbone(random_images(), output_hidden_states=True)
+    tokens = outputs.hidden_states[-1][:, backbone.config.num_prefix_tokens :]
+    last = f"stage{len(backbone.config.stages)}"
+    found = outputs.feature_maps[names.index(last)].flatten(2).transpose(1, 2)
+    torch.testing.assert_close(found, backbone.norms[last](tokens))
 
 
 def test_last_map_is_the_last_hidden_state(architecture):
