@@ -24,7 +24,17 @@ RECONSTRUCTIONS = "reconstructions.png"
 FIGURE_DPI = 150
 MAX_WORST_CLASSES = 5
 CLASSIFICATION, FEATURES = "image-classification", "image-feature-extraction"
-METRIC_TITLES = {"accuracy": "Accuracy", "top5_accuracy": "Top-5 accuracy", "macro_f1": "Macro F1", "loss": "Loss"}
+# In the order in which a run reports them.
+METRIC_TITLES = {
+    "accuracy": "Accuracy",
+    "top5_accuracy": "Top-5 accuracy",
+    "balanced_accuracy": "Balanced accuracy (mean recall)",
+    "macro_f1": "Macro F1",
+    "expected_calibration_error": "Calibration error (ECE, 15 bins)",
+    "knn_accuracy": "Accuracy of 20 nearest neighbours",
+    "linear_probe_accuracy": "Accuracy of a linear classifier",
+    "loss": "Loss",
+}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,7 +73,7 @@ class TrainingRun:
         if self.from_scratch and self.base_model is not None:
             raise ValueError(f"a run from scratch has no base model, got {self.base_model!r}")
         for name, value in (self.results or {}).items():
-            if name.endswith("accuracy") and not 0 <= value <= 1:
+            if _is_fraction(name) and not 0 <= value <= 1:
                 raise ValueError(f"{name} is a fraction between 0 and 1, got {value}")
         if self.confusion_matrix is not None:
             num_classes = len(self.label_names)
@@ -241,7 +251,11 @@ def _name_local_folder(path: str) -> str:
 
 def _format_metric(name: str, value: float) -> tuple[str, str]:
     title = METRIC_TITLES[name] if name in METRIC_TITLES else escape_markdown(name)
-    return title, f"{value:.2%}" if name.endswith("accuracy") else f"{value:.4f}"
+    return title, f"{value:.2%}" if _is_fraction(name) else f"{value:.4f}"
+
+
+def _is_fraction(metric: str) -> bool:
+    return metric.endswith("accuracy") or metric in ("macro_f1", "expected_calibration_error")
 
 
 def _list_training_facts(run: TrainingRun) -> list[tuple[str, str]]:

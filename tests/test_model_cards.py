@@ -196,7 +196,10 @@ def test_unknown_facts_are_absent(tmp_path):
         ({"results": {"loss": 1.0}}, "The split is not recorded."),
         ({"results": {"loss": 1.0}, "evaluation_split": "test"}, "Measured on the test split."),
         ({"results": {"loss": 1.0}, "dataset": "imagefolder"}, "Measured on a local folder."),
-        ({"results": {"calibration_error": 0.0125}}, "| calibration\\_error | 0.0125 |"),
+        ({"results": {"balanced_accuracy": 0.75}}, "| Balanced accuracy (mean recall) | 75.00% |"),
+        ({"results": {"macro_f1": 0.125}}, "| Macro F1 | 12.50% |"),
+        ({"results": {"expected_calibration_error": 0.0125}}, "| Calibration error (ECE, 15 bins) | 1.25% |"),
+        ({"results": {"brier_score": 0.0125}}, "| brier\\_score | 0.0125 |"),
         ({"command": "echo '```'"}, "````bash\necho '```'\n````"),
     ],
 )
@@ -216,6 +219,8 @@ def test_impossible_facts_are_refused():
         TrainingRun(name="out", results={"accuracy": 91.2})
     with pytest.raises(ValueError, match="accuracy is a fraction between 0 and 1, got nan"):
         TrainingRun(name="out", results={"accuracy": float("nan")})
+    with pytest.raises(ValueError, match="macro_f1 is a fraction between 0 and 1, got 62"):
+        TrainingRun(name="out", results={"macro_f1": 62})
     with pytest.raises(ValueError, match="from scratch has no base model, got 'google/vit'"):
         TrainingRun(name="out", from_scratch=True, base_model="google/vit")
     with pytest.raises(ValueError, match=r"shape \(2, 2\) does not fit 3 label names"):

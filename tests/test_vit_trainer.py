@@ -1,5 +1,11 @@
 """The Trainer subclass: accumulation, averages, phases, resuming, teachers."""
 
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import datasets
 import pytest
 import torch
@@ -9,12 +15,12 @@ from transformers import ViTImageProcessor, set_seed
 
 from modeling_vit_custom import ViTCustomForImageClassification
 from modeling_vit_custom.modeling_vit_custom import PatchDropout
-from trainers.arguments import LossArguments, TrainingArguments
+from trainers.arguments import OPTIMIZERS, LossArguments, TrainingArguments
 from trainers.losses import Criterion
 from trainers.mixing import Mixing
 from trainers.sampling import ClassBalancedSampler
 from trainers.teachers import Teacher
-from trainers.vit_trainer import TrainingDivergedError, ViTTrainer
+from trainers.vit_trainer import TrainingDivergedError, ViTTrainer, grown_size
 
 
 IMAGES, LABELS = random_images(32), torch.arange(32) % 5
@@ -104,6 +110,106 @@ def test_the_last_epochs_see_whole_unmixed_images(tmp_path):
     dropout.register_forward_hook(lambda module, args, output: seen.append((mixing.is_on, output.shape[1])))
     trainer.train()
     assert seen == [(True, 8)] * 4 + [(False, 8)] * 2 + [(False, 16)] * 2
+
+
+def test_images_grow_to_the_native_size(tmp_path):
+    options = {"max_steps": -1, "num_train_epochs": 4, "initial_image_size": 16, "full_size_epochs": 2}
+    model, seen = tiny_model(ViTCustomForImageClassification, "vit"), []
+    trainer = make_trainer(tmp_path, model, **options)
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["pixel_values"].shape[2:]), with_kwargs=True
+    )
+    trainer.train()
+    native, patch = model.config.native_size, model.config.patch_size
+    assert seen[0] == (16, 16)
+    assert seen[4:] == [native] * 4
+    sides = [size[0] for size in seen]
+    assert sides == sorted(sides)
+    assert all(side % patch == 0 for side in sides)
+    assert 16 < sides[3] < native[0]
+    trainer.evaluate()
+    assert seen[-1] == native
+
+
+def test_small_images_are_the_large_ones_made_smaller():
+    config = tiny_config("swin", image_size=(32, 48))
+    assert grown_size(16, config, 0.0) == (16, 24)
+    assert grown_size(16, config, 0.5) == (24, 36)
+    assert grown_size(16, config, 1.0) is None
+
+
+@pytest.mark.parametrize(("size", "message"), [(0, "must lie between 1 and 32"), (33, "must lie between 1 and 32")])
+def test_a_start_size_out_of_range_is_refused(tmp_path, size, message):
+    with pytest.raises(ValueError, match=rf"initial_image_size={size} {message}"):
+        make_trainer(tmp_path, initial_image_size=size)
+
+
+def test_the_learning_rate_warms_up_stays_and_decays(tmp_path):
+    schedule = {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 2, "decay_steps": 0.4}
+    trainer = make_trainer(tmp_path, max_steps=10, learning_rate=1.0, optimizer="sgd", **schedule)
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert rates[:2] == [0.0, 0.5]
+    assert rates[2:7] == [1.0] * 5
+    assert rates[7:] == pytest.approx([0.5 * (1 + math.cos(math.pi * step / 4)) for step in (1, 2, 3)])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_floor_of_the_learning_rate_is_the_one_asked_for(tmp_path, optimizer):
+    schedule = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 2e-5}}
+    trainer = make_trainer(tmp_path, learning_rate=4e-3, layer_decay=0.5, optimizer=optimizer, **schedule)
+    trainer.train()
+    assert max(group["lr"] for group in trainer.optimizer.param_groups) == pytest.approx(2e-5)
+
+
+class Noise(ViTCustomForImageClassification):
+    """Draws a number in every forward pass."""
+
+    def forward(self, *args, **kwargs):
+        self.drawn = torch.rand(()).item()
+        return super().forward(*args, **kwargs)
+
+
+def test_evaluation_draws_the_same_numbers_and_none_of_training_s(tmp_path):
+    trainer = make_trainer(tmp_path, Noise(tiny_config("vit")))
+    state = torch.get_rng_state()
+    trainer.evaluate()
+    first = trainer.model.drawn
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    trainer.evaluate()
+    assert trainer.model.drawn == first
+
+
+FULL_DISK = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+from test_vit_trainer import make_trainer
+from trainers.vit_trainer import CheckpointNotWrittenError
+options = {{"save_strategy": "steps", "save_steps": 1, "save_total_limit": None, "ema_decay": 0.9}}
+trainer = make_trainer({folder!r}, max_steps=4, **options)
+step = trainer.training_step
+def fill_the_disk(*args, **kwargs):
+    if trainer.state.global_step == 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
+    return step(*args, **kwargs)
+trainer.training_step = fill_the_disk
+try:
+    trainer.train()
+except CheckpointNotWrittenError as error:
+    print("refused:", error)
+"""
+
+
+@pytest.mark.parametrize("limit", [1000, 100_000])
+def test_a_full_disk_leaves_whole_checkpoints_only(tmp_path, limit):
+    code = FULL_DISK.format(tests=str(Path(__file__).parent), folder=str(tmp_path), limit=limit)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert re.search(r"refused: .*checkpoint-3 could not be written, with [\d.]+ GB left on the disk \(", done.stdout)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    resumed = make_trainer(tmp_path, ema_decay=0.9)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == 4
 
 
 @pytest.mark.parametrize("strategy", ["no", "steps"])

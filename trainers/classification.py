@@ -10,7 +10,7 @@ from torch.utils.data import Sampler
 from torchvision.transforms.v2 import Compose
 from transformers import PreTrainedModel, default_data_collator, pipeline, set_seed
 
-from model_cards.card import TrainingRun, write_card
+from model_cards.card import METRIC_TITLES, TrainingRun, write_card
 from model_cards.environment import describe_hardware, library_versions
 from modeling_vit_custom import list_presets
 from trainers.arguments import (
@@ -114,7 +114,7 @@ def train_classifier(command: TrainingCommand) -> None:
         dataset_title=BUILT_IN_TITLES.get(dataset),
         split_sizes={name: len(split) for name, split in splits.items()},
         evaluation_split=reported,
-        results={name: results[name] for name in ("accuracy", "top5_accuracy", "macro_f1", "loss") if name in results},
+        results={name: results[name] for name in METRIC_TITLES if name in results},
         confusion_matrix=count_confusions(predictions[reported].predictions, predictions[reported].label_ids),
         log_history=trainer.state.log_history,
         command=format_command(command.program, command.argv),

@@ -82,4 +82,6 @@ def make_optimizer(name: str, groups: list[dict], betas: tuple[float, float], ep
         return pytorch_optimizer.LARS(groups, peak, momentum=momentum)
     for group, is_hidden in zip(groups, hidden):
         group |= {"use_muon": True, **MUON} if is_hidden else {"use_muon": False, "betas": betas, "eps": eps}
-    return pytorch_optimizer.Muon(groups, peak)
+    optimizer = pytorch_optimizer.Muon(groups, peak)
+    optimizer.defaults["lr"] = peak
+    return optimizer

@@ -159,8 +159,8 @@ def train_encoder(command: TrainingCommand, arguments: PretrainingArguments) -> 
     write_recipe(output_dir / "recipe.yaml", command.given)
     judged = "".join(f", {METRIC_TITLES[name]} {value:.2%}" for name, value in results.items() if name != "loss")
     print(
-        f"\n{VALIDATION} loss {results['loss']:.4f}{judged} after {wall_time:.0f} s of training; saved to {output_dir}\n"
-        f"\nNext:\n"
+        f"\n{VALIDATION} loss {results['loss']:.4f}{judged} after {wall_time:.0f} s of training; "
+        f"saved to {output_dir}\n\nNext:\n"
         f"  read the card and the figures   {output_dir / 'README.md'}\n"
         f"  fine-tune it                    python -m trainers.finetune --recipe mae_finetune "
         f"--dataset path/to/images --model {shlex.quote(str(output_dir))}"

@@ -150,8 +150,10 @@ class ViTTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(folder, ignore_errors=True)
-            reason = " ".join(str(error).split())
-            raise CheckpointNotWrittenError(f"{folder} could not be written ({reason})") from error
+            free, reason = shutil.disk_usage(self.args.output_dir).free, " ".join(str(error).split())
+            raise CheckpointNotWrittenError(
+                f"{folder} could not be written, with {free / 1e9:.1f} GB left on the disk ({reason})"
+            ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -220,5 +222,5 @@ def grown_size(initial_size: int, config: PreTrainedConfig, share: float) -> tup
         return None
     multiple = math.prod(stage.patch_size for stage in config.stages)
     shorter = initial_size + share * (min(native) - initial_size)
-    size = tuple(max(1, round(side * shorter / min(native) / multiple)) * multiple for side in native)
+    size = tuple(max(1, int(side * shorter / min(native) / multiple)) * multiple for side in native)
     return None if min(size) >= min(native) else size
