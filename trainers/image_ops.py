@@ -5,7 +5,9 @@ as Pillow changes them, to the last level; geometry samples bilinearly.
 """
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -179,3 +181,13 @@ def rotate_and_scale(degrees: Tensor, scale: Tensor, size: tuple[int, int]) -> T
     centre = torch.tensor([size[1] / 2, size[0] / 2], dtype=degrees.dtype, device=degrees.device)
     rotation = torch.stack([torch.stack([cosine, -sine], 1), torch.stack([sine, cosine], 1)], dim=1)
     return torch.cat([rotation, (centre - rotation @ centre).unsqueeze(2)], dim=2)
+
+
+# ----------------------------------------------------------------------------------------------------------- display
+
+
+def to_arrays(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> list[np.ndarray]:
+    """Normalised pixels (B, C, H, W) -> 8-bit images (H, W, C)."""
+    mean, std = (torch.tensor(values, device=pixels.device).view(1, -1, 1, 1) for values in (mean, std))
+    images = ((pixels.float() * std + mean) * 255).round().clamp(0, 255).byte()
+    return list(images.permute(0, 2, 3, 1).cpu().numpy())

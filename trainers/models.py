@@ -13,6 +13,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     TimmWrapperImageProcessor,
     ViTImageProcessor,
@@ -67,26 +68,22 @@ def _from_preset(
         raise ValueError(
             f"--{name} keeps the encoder's weights, and those of the preset {arguments.model!r} are random"
         )
+    config = _preset_config(arguments, overrides)
+    return auto_class.from_config(config), make_processor(config)
+
+
+def _preset_config(arguments: ModelArguments, overrides: dict) -> ViTCustomConfig:
     if arguments.image_size is not None:
         overrides = {**overrides, "image_size": arguments.image_size}
     config = preset_config(arguments.model, **overrides)
     check_channels(config.num_channels)
-    return auto_class.from_config(config), make_processor(config)
+    return config
 
 
 def _from_checkpoint(
     arguments: ModelArguments, overrides: dict, auto_class: type
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    origin = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(arguments.model, **origin)
-        is_ours = config.model_type == ViTCustomConfig.model_type
-        if is_ours and Path(arguments.model).is_dir() and not has_processor(arguments.model):
-            processor = make_processor(config)
-        else:
-            processor = AutoImageProcessor.from_pretrained(arguments.model, **origin)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot open the model {arguments.model!r}: {error}") from error
+    config, processor = _open_config(arguments)
     unknown = sorted(key for key in overrides if not hasattr(config, key))
     if unknown:
         raise ValueError(f"--config_overrides: {arguments.model!r} has no field {unknown[0]!r}")
@@ -97,7 +94,7 @@ def _from_checkpoint(
     logging.set_verbosity_error()  # what was made anew is judged below
     try:
         model, loading = auto_class.from_pretrained(
-            arguments.model, **origin, **overrides, ignore_mismatched_sizes=True, output_loading_info=True
+            arguments.model, **_origin(arguments), **overrides, ignore_mismatched_sizes=True, output_loading_info=True
         )
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise ValueError(f"cannot open the model {arguments.model!r}: {error}") from error
@@ -116,9 +113,40 @@ def _from_checkpoint(
         if not hasattr(model, "resize_image_size"):
             raise ValueError(f"--image_size: a {type(model).__name__} cannot be resized; leave it out")
         model.resize_image_size(arguments.image_size)
+    return model, processor
+
+
+def _origin(arguments: ModelArguments) -> dict:
+    return {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
+
+
+def _open_config(arguments: ModelArguments) -> tuple[PreTrainedConfig, BaseImageProcessor]:
+    """Of a checkpoint; the processor makes images of the size to train at."""
+    try:
+        config = AutoConfig.from_pretrained(arguments.model, **_origin(arguments))
+        is_ours = config.model_type == ViTCustomConfig.model_type
+        if is_ours and Path(arguments.model).is_dir() and not has_processor(arguments.model):
+            processor = make_processor(config)
+        else:
+            processor = AutoImageProcessor.from_pretrained(arguments.model, **_origin(arguments))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot open the model {arguments.model!r}: {error}") from error
+    if arguments.image_size is not None:
         processor.size = {"height": arguments.image_size, "width": arguments.image_size}
         processor.crop_size = processor.size
-    return model, processor
+    return config, processor
+
+
+def open_processor(arguments: ModelArguments) -> BaseImageProcessor:
+    """The image processor of a preset or a checkpoint, without the model.
+
+    Raises:
+        ValueError: if there is neither.
+    """
+    if arguments.model in list_presets():
+        return make_processor(_preset_config(arguments, parse_overrides(arguments.config_overrides)))
+    check_is_model(arguments.model, "model")
+    return _open_config(arguments)[1]
 
 
 def check_is_model(name: str, argument: str) -> None:

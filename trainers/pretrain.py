@@ -40,9 +40,10 @@ from trainers.arguments import (
 from trainers.augmentation import Augmentation, Crop
 from trainers.classification import check_batch_size, describe, train_classifier
 from trainers.data import BUILT_IN_TITLES, LABEL, TRAIN, VALIDATION, load_splits, processor_transform, with_transform
+from trainers.image_ops import to_arrays
 from trainers.models import make_model, read_processor
 from trainers.probing import probe
-from trainers.reconstruction import reconstruct, to_images
+from trainers.reconstruction import reconstruct
 from trainers.runs import check_output_dir, format_command, train
 from trainers.vit_trainer import ViTTrainer
 
@@ -192,7 +193,7 @@ def show_reconstructions(model: PreTrainedModel, dataset: Dataset, processor: Ba
     # The mean colour where nothing was seen.
     columns = (pixels, pixels.masked_fill(mask, 0.0), reconstructed)
     _, mean, std = read_processor(processor)
-    return list(zip(*(to_images(column, mean, std) for column in columns)))
+    return list(zip(*(to_arrays(column, mean, std) for column in columns)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,5 @@
 """What a masked model makes of images: for figures."""
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,10 +35,3 @@ def _unpatchify(patches: Tensor, pixels: Tensor, patch_size: int) -> Tensor:
     grid = count_patches((height, width), patch_size)
     image = patches.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, grid)
     return image.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)[:, :, :height, :width]
-
-
-def to_images(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> list[np.ndarray]:
-    """Normalised pixels (B, C, H, W) -> 8-bit images (H, W, C)."""
-    mean, std = (torch.tensor(values, device=pixels.device).view(1, -1, 1, 1) for values in (mean, std))
-    images = ((pixels.float() * std + mean) * 255).round().clamp(0, 255).byte()
-    return list(images.permute(0, 2, 3, 1).cpu().numpy())
