@@ -1,5 +1,6 @@
 """Models to train, of presets and checkpoints, and the image processors that belong to them."""
 
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -65,9 +66,7 @@ def _from_preset(
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
     if arguments.freeze_encoder or arguments.lora_rank:
         name = "freeze_encoder" if arguments.freeze_encoder else "lora_rank"
-        raise ValueError(
-            f"--{name} keeps the encoder's weights, and those of the preset {arguments.model!r} are random"
-        )
+        raise ValueError(f"--{name} keeps the encoder's weights, but those of preset {arguments.model!r} are random")
     config = _preset_config(arguments, overrides)
     return auto_class.from_config(config), make_processor(config)
 
@@ -189,7 +188,9 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> "peft.PeftModel
         target_modules=[name for name in linear if name.startswith(encoder)],
         modules_to_save=head,
     )
-    return peft.get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks the library by a name that has a newer one
+        return peft.get_peft_model(model, config)
 
 
 def make_processor(config: ViTCustomConfig) -> ViTImageProcessor:

@@ -1,0 +1,170 @@
+"""Models to train: which of their weights, and what is published of them."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_vit_trainer import make_trainer
+from tiny_models import ARCHITECTURES, random_images, tiny_model
+from transformers import ResNetConfig, ResNetForImageClassification, TimmWrapperConfig, ViTImageProcessor
+from transformers.models.timm_wrapper import TimmWrapperForImageClassification
+
+from modeling_vit_custom import ViTCustomForImageClassification
+from trainers.arguments import LossArguments, ModelArguments
+from trainers.models import freeze, make_model, open_processor, read_processor
+from trainers.teachers import Teacher
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def checkpoint(request, tmp_path):
+    folder = tmp_path / "checkpoint"
+    fields = {} if request.param == "pvt" else {"drop_path_rate": 0.5}
+    tiny_model(ViTCustomForImageClassification, request.param, **fields).save_pretrained(folder)
+    return folder
+
+
+def make(checkpoint, **fields):
+    model, _ = make_model(ModelArguments(model=str(checkpoint), **fields), labels=list("abcde"))
+    return model
+
+
+def state(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_a_frozen_encoder_stays_as_it_is(checkpoint, tmp_path):
+    model = make(checkpoint, freeze_encoder=True)
+    before = state(model)
+    model.train()
+    images = random_images()
+    assert torch.equal(model(images).logits, model(images).logits)  # nothing is dropped at random
+    trainer = make_trainer(tmp_path / "run", model)
+    trainer.train()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if name.startswith("head.")}
+
+
+def test_a_frozen_batch_norm_keeps_its_statistics():
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 5}
+    model = ResNetForImageClassification(ResNetConfig(**sizes, layer_type="basic"))
+    freeze(model.base_model)
+    before = state(model)
+    model.train()
+    model(random_images(4))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("checkpoint", ["vit", "pvt", "swin"], indirect=True)
+def test_linear_probing_standardises_features(checkpoint, tmp_path):
+    overrides = ["head_batch_norm=true", "head_initializer_range=0.0"]
+    model = make(checkpoint, freeze_encoder=True, config_overrides=overrides)
+    trainer = make_trainer(tmp_path / "run", model, optimizer="lars", learning_rate=0.5, max_steps=8)
+    trainer.train()
+    trainer.save_model()
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    assert weights["head.batch_norm.num_batches_tracked"] == 8
+    assert weights["head.classifier.weight"].abs().max() > 0
+
+
+def test_low_rank_changes_are_published_merged(checkpoint, tmp_path):
+    model = make(checkpoint, lora_rank=2, lora_alpha=8.0)
+    whole = make(checkpoint)
+    before = state(whole)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert trained < whole.num_parameters() / 2
+    trainer = make_trainer(tmp_path / "run", model, learning_rate=1e-2, max_steps=6, ema_decay=0.5)
+    trainer.train()
+    trainer.save_model()
+    published = ViTCustomForImageClassification.from_pretrained(tmp_path / "run")
+    with trainer.averaged_weights():
+        expected = model.eval()(random_images()).logits
+    torch.testing.assert_close(published(random_images()).logits, expected, rtol=1e-4, atol=1e-4)
+    # All matrices of the encoder changed, by no more than the rank, and nothing else but the head.
+    for name, tensor in published.state_dict().items():
+        change = tensor - before[name] if tensor.is_floating_point() else tensor - tensor
+        if name.startswith("head."):
+            assert change.abs().max() > 0
+        elif name.endswith("weight") and tensor.ndim == 2 and ".blocks." in name:
+            assert 1 <= torch.linalg.matrix_rank(change, rtol=1e-3) <= 2, name
+        elif tensor.ndim < 2:
+            assert torch.equal(tensor, before[name]), name
+
+
+def test_a_low_rank_run_is_resumed(tmp_path):
+    tiny_model(ViTCustomForImageClassification, "vit").save_pretrained(tmp_path / "checkpoint")
+    options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 5, "max_steps": 4, "ema_decay": 0.9}
+    whole = make_trainer(tmp_path / "whole", make(tmp_path / "checkpoint", lora_rank=2), **options)
+    whole.train()
+    whole.save_model()
+    resumed = make_trainer(tmp_path / "resumed", make(tmp_path / "checkpoint", lora_rank=2), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    resumed.save_model()
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"freeze_encoder": True}, "--freeze_encoder keeps the encoder's weights, but those of .* are random"),
+        ({"lora_rank": 4}, "--lora_rank keeps the encoder's weights, but those of .* are random"),
+    ],
+    ids=["frozen", "lora"],
+)
+def test_random_weights_are_not_kept(fields, message):
+    with pytest.raises(ValueError, match=message):
+        make("vit_nano_patch2_8", **fields)
+
+
+def test_ranks_out_of_range_are_refused(checkpoint):
+    with pytest.raises(ValueError, match="lora_rank=-1 must be at least 1, or 0 for none"):
+        make(checkpoint, lora_rank=-1)
+    with pytest.raises(ValueError, match="leaves nothing to change by --lora_rank 2"):
+        make(checkpoint, lora_rank=2, freeze_encoder=True)
+
+
+def test_a_processor_comes_without_its_model(checkpoint):
+    arguments = ModelArguments(model=str(checkpoint), image_size=48)
+    assert read_processor(open_processor(arguments))[0] == (48, 48)
+    assert read_processor(open_processor(ModelArguments(model="vit_nano_patch4_32")))[0] == (32, 32)
+    with pytest.raises(ValueError, match="there is no model 'vit_nano'"):
+        open_processor(ModelArguments(model="vit_nano"))
+
+
+@pytest.fixture
+def timm_teacher(tmp_path):
+    data = {"input_size": [3, 24, 24], "mean": [0.4] * 3, "std": [0.2] * 3, "interpolation": "bicubic", "crop_pct": 1.0}
+    config = TimmWrapperConfig(architecture="resnet10t", label_names=list("edcba"), pretrained_cfg=data)
+    config.num_labels = 5
+    TimmWrapperForImageClassification(config).eval().save_pretrained(tmp_path / "teacher")
+    return str(tmp_path / "teacher")
+
+
+def test_a_timm_model_teaches(timm_teacher):
+    arguments = LossArguments(teacher=timm_teacher)
+    teacher = Teacher(arguments, "abcde", [0.5] * 3, [0.5] * 3, torch.device("cpu"))
+    raw = torch.rand(2, 3, 24, 24)
+    model = TimmWrapperForImageClassification.from_pretrained(timm_teacher).eval()
+    expected = model((raw - 0.4) / 0.2).logits.flip(1)
+    torch.testing.assert_close(teacher((raw - 0.5) / 0.5), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_teacher_of_other_names_is_taken_by_index(timm_teacher):
+    with pytest.raises(
+        ValueError, match=r"other classes.*: it does not know 'v'; if they are the same .*by_index true"
+    ):
+        Teacher(LossArguments(teacher=timm_teacher), "vwxyz", [0.5] * 3, [0.5] * 3, torch.device("cpu"))
+    arguments = LossArguments(teacher=timm_teacher, teacher_labels_by_index=True)
+    teacher = Teacher(arguments, "vwxyz", [0.5] * 3, [0.5] * 3, torch.device("cpu"))
+    assert teacher.order.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_teacher_that_is_not_there_is_no_hub_id():
+    with pytest.raises(ValueError, match="there is no teacher 'runs/teacher': give a folder"):
+        Teacher(LossArguments(teacher="runs/teacher"), "ab", [0.5] * 3, [0.5] * 3, torch.device("cpu"))
+
+
+def test_processors_of_transformers_and_timm_are_read(timm_teacher):
+    arguments = ModelArguments(model=timm_teacher)
+    assert read_processor(open_processor(arguments)) == ((24, 24), [0.4] * 3, [0.2] * 3)
+    size, mean, std = read_processor(ViTImageProcessor(size={"height": 8, "width": 4}))
+    assert (size, mean, std) == ((8, 4), [0.5] * 3, [0.5] * 3)
