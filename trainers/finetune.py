@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
-from torchvision.transforms.v2 import Compose
-from transformers import PreTrainedModel, TrainerState, default_data_collator, pipeline, set_seed
+from transformers import PreTrainedModel, TrainerState, pipeline, set_seed
+from transformers.trainer_utils import IntervalStrategy
 
 from model_cards.card import TrainingRun, write_card
 from model_cards.environment import describe_hardware, library_versions
@@ -31,14 +31,17 @@ from trainers.arguments import (
 from trainers.augmentation import Augmentation, Crop
 from trainers.data import (
     BUILT_IN_TITLES,
-    IMAGE,
     LABEL,
     TEST,
     TRAIN,
     VALIDATION,
+    Splits,
+    collate,
     label_names,
     load_splits,
     processor_transform,
+    sample_images,
+    training_images,
     with_transform,
 )
 from trainers.losses import Criterion, effective_number_weights, logit_adjustment
@@ -75,30 +78,37 @@ def main(argv: list[str] | None = None) -> None:
         )
         check_output_dir(training_args)
         set_seed(training_args.seed)
-        splits = load_splits(data_args)
+        if data_args.streaming:
+            check_streaming(augmentation_args, loss_args, training_args)
+        splits = load_splits(data_args, training_args.seed)
+        if VALIDATION not in splits:
+            train_without_validation(training_args)
         model, processor = make_model(model_args, label_names(splits))
         size, mean, std = read_processor(processor)
         crop, augmentation = Crop(augmentation_args, size), Augmentation(augmentation_args, mean, std)
         on_device = augmentation_args.augment_on_device
-        train_dataset = with_transform(splits[TRAIN], crop if on_device else Compose([crop, augmentation]))
+        train_dataset = training_images(
+            splits[TRAIN], crop, None if on_device else augmentation, on_corrupt=data_args.on_corrupt
+        )
         evaluated = {
-            name: with_transform(split, processor_transform(processor))
+            name: with_transform(split, processor_transform(processor), data_args.on_corrupt)
             for name, split in splits.items()
             if name != TRAIN
         }
-        counts = torch.bincount(torch.tensor(splits[TRAIN][LABEL]), minlength=model.config.num_labels)
+        labels = [] if data_args.streaming else splits[TRAIN][LABEL][:]
+        counts = torch.bincount(torch.tensor(labels, dtype=torch.long), minlength=model.config.num_labels)
         trainer = ViTTrainer(
             model=model,
             args=training_args,
-            data_collator=default_data_collator,
+            data_collator=collate,
             train_dataset=train_dataset,
-            eval_dataset=evaluated[VALIDATION],
+            eval_dataset=evaluated.get(VALIDATION),
             processing_class=processor,
             compute_metrics=compute_metrics,
             augmentation=augmentation if on_device else None,
             mixing=make_mixing(augmentation_args, loss_args, model.config.num_labels),
             criterion=make_criterion(loss_args, counts),
-            sampler=make_sampler(augmentation_args, loss_args, splits[TRAIN][LABEL], training_args.seed),
+            sampler=make_sampler(augmentation_args, loss_args, labels, training_args.seed),
             teacher=Teacher(loss_args, label_names(splits), mean, std, training_args.device)
             if loss_args.teacher
             else None,
@@ -142,7 +152,8 @@ def main(argv: list[str] | None = None) -> None:
         from_scratch=model_args.model in list_presets(),
         dataset=None if data_args.dataset in BUILT_IN_TITLES else data_args.dataset,
         dataset_title=BUILT_IN_TITLES.get(data_args.dataset),
-        split_sizes={name: len(split) for name, split in splits.items()},
+        split_sizes=({} if data_args.streaming else {TRAIN: len(labels)})
+        | {name: len(prediction.label_ids) for name, prediction in predictions.items()},
         evaluation_split=reported,
         results={name: results[name] for name in ("accuracy", "top5_accuracy", "macro_f1", "loss") if name in results},
         confusion_matrix=count_confusions(predictions[reported].predictions, predictions[reported].label_ids),
@@ -192,6 +203,32 @@ def make_sampler(
     if arguments.repeated_augmentation > 1:
         return RepeatedAugmentationSampler(len(labels), arguments.repeated_augmentation, seed)
     return None
+
+
+def check_streaming(
+    augmentation_args: AugmentationArguments, loss_args: LossArguments, training_args: TrainingArguments
+) -> None:
+    """Raises ValueError for what must know the number of training images or their labels beforehand."""
+    if training_args.max_steps <= 0:
+        raise ValueError("--streaming true needs --max_steps: a stream does not say how long it is")
+    needing = {
+        "repeated_augmentation": augmentation_args.repeated_augmentation > 1,
+        "class_balanced_sampling": loss_args.class_balanced_sampling,
+        "class_weight_beta": loss_args.class_weight_beta,
+        "logit_adjustment": loss_args.logit_adjustment,
+        "unmixed_epochs": training_args.unmixed_epochs,
+        "unmasked_epochs": training_args.unmasked_epochs,
+    }
+    refused = [name for name, value in needing.items() if value]
+    if refused:
+        raise ValueError(f"--{refused[0]} must know all training images beforehand: not with --streaming true")
+
+
+def train_without_validation(training_args: TrainingArguments) -> None:
+    """Raises ValueError if the best checkpoint was asked for."""
+    if training_args.load_best_model_at_end:
+        raise ValueError("--load_best_model_at_end true needs a validation split to tell which model is best")
+    training_args.eval_strategy = IntervalStrategy.NO
 
 
 def check_output_dir(training_args: TrainingArguments) -> None:
@@ -249,10 +286,12 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 
 def describe(
-    arguments: ModelArguments, model: PreTrainedModel, splits: DatasetDict, training_args: TrainingArguments
+    arguments: ModelArguments, model: PreTrainedModel, splits: Splits, training_args: TrainingArguments
 ) -> str:
     """Two lines on what is about to happen."""
-    sizes = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
+    sizes = ", ".join(
+        f"{len(split):,} {name}" if isinstance(split, Dataset) else f"streamed {name}" for name, split in splits.items()
+    )
     steps, epochs = training_args.max_steps, training_args.num_train_epochs
     length = f"{steps:,} steps" if steps > 0 else f"{epochs:g} epochs"
     return (
@@ -261,18 +300,19 @@ def describe(
     )
 
 
-def show_predictions(output_dir: Path, dataset: Dataset, trust_remote_code: bool = False, count: int = 3) -> None:
+def show_predictions(
+    output_dir: Path, dataset: Dataset | IterableDataset, trust_remote_code: bool = False, count: int = 3
+) -> None:
     """Open the folder as a user would, classify a few held-out images and say what to do next."""
     classifier = pipeline(
         "image-classification", model=str(output_dir), device="cpu", trust_remote_code=trust_remote_code
     )
-    names = dataset.features[LABEL].names
-    rows = dataset.select(range(0, len(dataset), max(1, len(dataset) // count))).select(range(min(count, len(dataset))))
-    print(f"\n{rows.num_rows} held-out images through pipeline('image-classification', model={str(output_dir)!r}):")
-    for row in rows:
-        best = classifier(row[IMAGE], top_k=1)[0]
-        verdict = "right" if best["label"] == names[row[LABEL]] else "wrong"
-        print(f"  {names[row[LABEL]]!r} classified as {best['label']!r} with {best['score']:.1%}: {verdict}")
+    names, images = dataset.features[LABEL].names, sample_images(dataset, count)
+    print(f"\n{len(images)} held-out images through pipeline('image-classification', model={str(output_dir)!r}):")
+    for image, label in images:
+        best = classifier(image, top_k=1)[0]
+        verdict = "right" if best["label"] == names[label] else "wrong"
+        print(f"  {names[label]!r} classified as {best['label']!r} with {best['score']:.1%}: {verdict}")
     executable = Path(sys.executable)
     python = executable.relative_to(Path.cwd()) if executable.is_relative_to(Path.cwd()) else "python"
     model, other = shlex.quote(str(output_dir)), shlex.quote(f"{output_dir}-finetuned")
