@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.transforms.v2 import Compose
 from transformers import ViTImageProcessor
 
-from trainers.arguments import AugmentationArguments, DataArguments
+from trainers.arguments import AugmentationArguments, DataArguments, ModelArguments
 from trainers.augmentation import Augmentation, Crop
 from trainers.data import (
     ImagesInMemory,
@@ -28,6 +28,7 @@ from trainers.data import (
     with_transform,
 )
 from trainers.finetune import main as finetune
+from trainers.models import make_model
 
 
 def save_images(folder: Path, count: int, mode: str = "RGB", size: tuple[int, int] = (20, 16)) -> None:
@@ -426,8 +427,8 @@ def test_a_file_names_the_classes(tmp_path, labels, feature):
 @pytest.mark.parametrize(
     ("names", "labels", "feature", "message"),
     [
-        (["a", "b"], [0, 3, 2], "int64", "has label 3, but --class_names '.*names.txt' names 2 classes"),
-        (["a", "b"], ["a", "c", "b"], "string", "has label 'c', but --class_names"),
+        (["a", "b"], [0, 3, 2], "int64", "has label 3, which is none of the 2 classes of --class_names '.*names.txt'"),
+        (["a", "b"], ["a", "c", "b"], "string", "has label 'c', which is none of the 2 classes"),
         (["a", "b", "c"], [0, 1, 0], "int64", "class 'c' of .* has no image in 'train'"),
         (["a", "", "b"], [0, 1, 2], "int64", "names.txt' has an empty line"),
         ([], [0, 1, 2], "int64", "names.txt' names no classes"),
@@ -502,7 +503,7 @@ def test_the_splits_of_shards_are_in_their_names(tmp_path, shards, sizes):
 
 def test_shards_of_test_images_without_labels_are_left_out(tmp_path, no_delay, capsys):
     folder, names = save_shards(tmp_path), save_names(tmp_path, ["a", "b", "c"])
-    save_shard(tmp_path / "test-0.tar", {200 + index: None for index in range(3)})
+    save_shard(tmp_path / "z-test-0.tar", {200 + index: None for index in range(3)})
     for streaming in (False, True):
         splits = load_splits(DataArguments(dataset=folder, class_names=names, streaming=streaming))
         assert list(splits) == ["train", "validation"]
@@ -598,12 +599,15 @@ def test_what_cannot_be_streamed_is_named(tmp_path, no_delay):
     save_images(tmp_path / "images" / "cat", 2)
     save_parquet(tmp_path / "integers", [0, 1], datasets.Value("int64"))
     save_parquet(tmp_path / "train", [0, 1], datasets.ClassLabel(names=["a", "b"]))
+    save_parquet(tmp_path / "tested", [0, 1], datasets.ClassLabel(names=["a", "b"]))
+    save_parquet(tmp_path / "tested", [0, 1], datasets.ClassLabel(names=["a", "b"]), split="test")
     save_parquet(tmp_path / "one", [0, 0], datasets.ClassLabel(names=["a"]))
     cases = {
         "digits": "--streaming true is not for 'digits', which is in memory anyway",
         str(tmp_path / "images"): "folders of images are read image by image anyway",
         str(tmp_path / "integers"): "whose classes a stream does not know: pass --class_names",
         str(tmp_path / "train"): "give it a 'validation' split, or a 'test' split and --validation_fraction 0",
+        str(tmp_path / "tested"): "give it a 'validation' split, or a 'test' split and --validation_fraction 0",
         str(tmp_path / "one"): "has only the class 'a'",
     }
     for dataset, message in cases.items():
@@ -696,6 +700,15 @@ def test_a_model_is_trained_on_a_stream(streamable, tmp_path, capsys, workers):
     assert "validation split (6 images)" in card
 
 
+def test_the_training_seed_shuffles_a_stream(tmp_path):
+    for part in make_model(ModelArguments(model="vit_nano_patch2_8"), ["a", "b", "c"]):
+        part.save_pretrained(tmp_path / "model")
+    names = save_names(tmp_path, ["a", "b", "c"])
+    fields = {"dataset": save_shards(tmp_path / "images"), "class_names": names, "model": str(tmp_path / "model")}
+    results = [train(tmp_path / str(seed), **fields, streaming=True, seed=seed) for seed in (1, 2)]
+    assert results[0]["train_loss"] != results[1]["train_loss"]
+
+
 def test_a_model_is_trained_without_a_validation_split(tmp_path, capsys):
     names = datasets.ClassLabel(names=["a", "b"])
     save_parquet(tmp_path / "images", [0, 1] * 8, names)
@@ -705,7 +718,9 @@ def test_a_model_is_trained_without_a_validation_split(tmp_path, capsys):
     assert not any(name.startswith(("eval", "validation")) for name in results)
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert not any("eval_loss" in entry for entry in state["log_history"])
-    assert "test split (3 images)" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "test split (3 images)" in card
+    assert "| train | 16 |" in card
     capsys.readouterr()
     with pytest.raises(SystemExit):
         train(tmp_path / "again", **fields, load_best_model_at_end=True)

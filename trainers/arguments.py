@@ -89,13 +89,13 @@ class DataArguments:
     )
     split_seed: int = field(default=0, metadata={"help": "Seed of that split, apart from the training seed."})
     on_corrupt: str = field(
-        default="error", metadata={"help": "What images that cannot be decoded are: an error, or to skip."}
+        default="error", metadata={"help": "On images that cannot be decoded: error, or skip them."}
     )
     streaming: bool = field(
         default=False,
         metadata={"help": "Read parquet files, shards or a Hub data set while training. Needs max_steps."},
     )
-    shuffle_buffer: int = field(default=10000, metadata={"help": "Images of a stream to draw the next one from."})
+    shuffle_buffer: int = field(default=10000, metadata={"help": "Images of a stream that the next one is drawn from."})
 
     def __post_init__(self):
         if not 0 <= self.validation_fraction < 1:

@@ -35,7 +35,8 @@ METADATA_FILES = ("metadata.csv", "metadata.jsonl")  # what the library's reader
 BUILT_IN_TITLES = {"digits": "scikit-learn's handwritten digits"}
 HUB_ID_SHAPE = "a Hub data set such as user/name"
 MAX_BYTES_IN_MEMORY = 2**30
-IMAGES_AT_ONCE = 256  # handed to threads, or read from a stream
+IMAGES_FOR_THREADS = 256  # handed over at once, still encoded
+IMAGES_OF_STREAM = 32  # decoded at once
 
 Splits = DatasetDict | IterableDatasetDict
 
@@ -134,7 +135,7 @@ def with_transform(
     if isinstance(dataset, Dataset):
         return encoded.with_transform(partial(_make_batch, transform=transform))
     read = _StreamReader(transform, dataset.features[LABEL].num_classes, on_corrupt)
-    return encoded.map(read, batched=True, batch_size=IMAGES_AT_ONCE, remove_columns=[IMAGE, LABEL])
+    return encoded.map(read, batched=True, batch_size=IMAGES_OF_STREAM, remove_columns=[IMAGE, LABEL])
 
 
 def _make_batch(batch: dict, transform: Callable) -> dict:
@@ -211,7 +212,7 @@ def load_digits() -> DatasetDict:
     return DatasetDict({TRAIN: Dataset.from_dict(rows, features=features)})
 
 
-def _load(arguments: DataArguments) -> DatasetDict:
+def _load(arguments: DataArguments) -> Splits:
     name = arguments.dataset
     if arguments.dataset_config is not None and (name in BUILT_IN_TITLES or Path(name).exists()):
         raise ValueError(f"--dataset_config {arguments.dataset_config!r} is for data sets on the Hub, not for {name!r}")
@@ -367,8 +368,8 @@ def _map_images(function: Callable, split: Dataset, description: str) -> Iterato
     """`function` of every encoded image in turn, in threads: Pillow decodes without Python's lock."""
     encoded = split.cast_column(IMAGE, Image(decode=False)).select_columns(IMAGE)
     with ThreadPoolExecutor() as threads, tqdm(total=len(split), desc=description, leave=False) as progress:
-        for start in range(0, len(split), IMAGES_AT_ONCE):
-            for result in threads.map(function, encoded[start : start + IMAGES_AT_ONCE][IMAGE]):
+        for start in range(0, len(split), IMAGES_FOR_THREADS):
+            for result in threads.map(function, encoded[start : start + IMAGES_FOR_THREADS][IMAGE]):
                 progress.update()
                 yield result
 
@@ -468,8 +469,8 @@ def _make_class_labels(splits: DatasetDict, arguments: DataArguments) -> Dataset
         unknown = [value for value in values if value not in known]
         if unknown:
             raise ValueError(
-                f"{name!r} has label {unknown[-1]!r}, but --class_names {arguments.class_names!r} names "
-                f"{len(names)} classes"
+                f"{name!r} has label {unknown[-1]!r}, which is none of the {len(names)} classes of --class_names "
+                f"{arguments.class_names!r}"
             )
         values = known
     index = {value: position for position, value in enumerate(values)}

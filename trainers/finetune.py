@@ -225,7 +225,11 @@ def check_streaming(
 
 
 def train_without_validation(training_args: TrainingArguments) -> None:
-    """Raises ValueError if the best checkpoint was asked for."""
+    """Nothing is evaluated before the end.
+
+    Raises:
+        ValueError: if the best checkpoint was asked for.
+    """
     if training_args.load_best_model_at_end:
         raise ValueError("--load_best_model_at_end true needs a validation split to tell which model is best")
     training_args.eval_strategy = IntervalStrategy.NO
