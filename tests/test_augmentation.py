@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
+from torch.nn.functional import pad
 
 from trainers.arguments import AugmentationArguments
-from trainers.augmentation import RAND_AUGMENT, Augmentation, Crop, apply, erase, jitter_colors, make_policy
+from trainers.augmentation import RAND_AUGMENT, Augmentation, Crop, apply, erase, jitter_colors, make_policy, shift
 
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
@@ -41,6 +42,7 @@ def test_without_changes_pixels_are_normalised():
         {"color_jitter": 0.4},
         {"erasing": 1.0},
         {"horizontal_flip": 0.5},
+        {"crop_padding": 2},
     ],
     ids=str,
 )
@@ -114,8 +116,7 @@ def test_erasing_replaces_a_rectangle_by_noise():
 
 
 @pytest.mark.parametrize(
-    ("options", "size"),
-    [({}, (8, 12)), ({"min_crop": 0.3}, (8, 8)), ({"crop_padding": 2}, (8, 8)), ({"interpolation": "bicubic"}, (8, 8))],
+    ("options", "size"), [({}, (8, 12)), ({"min_crop": 0.3}, (8, 8)), ({"interpolation": "bicubic"}, (8, 8))]
 )
 def test_crops_give_batches_of_one_size(options, size):
     images = [Image.fromarray(random_pixels(1, (20 + i, 30))[0].permute(1, 2, 0).numpy()) for i in range(3)]
@@ -124,13 +125,26 @@ def test_crops_give_batches_of_one_size(options, size):
     assert batch.dtype == torch.uint8
 
 
-def test_a_crop_with_padding_moves_by_no_more_than_it():
-    pixels = random_pixels(1, (8, 8))[0]
-    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    padded = np.pad(pixels.numpy(), ((0, 0), (2, 2), (2, 2)), mode="reflect")
-    windows = {padded[:, r : r + 8, c : c + 8].tobytes() for r in range(5) for c in range(5)}
-    crops = Crop(AugmentationArguments(crop_padding=2), (8, 8))([image] * 200)
-    assert {crop.numpy().tobytes() for crop in crops} == windows
+@pytest.mark.parametrize(("size", "padding"), [((8, 8), 2), ((5, 9), 3), ((6, 3), 1)])
+def test_a_shift_crops_the_padded_image_at_a_place_of_its_own(size, padding):
+    pixels = random_pixels(300, size)
+    padded = pad(pixels.float(), [padding] * 4, mode="reflect").byte()
+    places = set()
+    for shifted, image in zip(shift(pixels, padding), padded):
+        windows = image.unfold(1, size[0], 1).unfold(2, size[1], 1)
+        (place,) = (windows == shifted[:, None, None]).all(dim=(0, 3, 4)).nonzero().tolist()
+        places.add(tuple(place))
+    assert len(places) >= min(300, (2 * padding + 1) ** 2) * 0.6
+    assert {row for row, _ in places} == {column for _, column in places} == set(range(2 * padding + 1))
+
+
+def test_a_shift_comes_before_the_flip():
+    pixels = random_pixels(1, (8, 8))
+    changed = Augmentation(AugmentationArguments(crop_padding=3, horizontal_flip=1.0), MEAN, STD)
+    torch.manual_seed(1)
+    found = changed(pixels)
+    torch.manual_seed(1)
+    torch.testing.assert_close(found, normalise(shift(pixels, 3).flip(3)))
 
 
 @pytest.mark.parametrize(
@@ -139,6 +153,7 @@ def test_a_crop_with_padding_moves_by_no_more_than_it():
         ({"horizontal_flip": 1.5}, r"horizontal_flip=1\.5 must lie"),
         ({"translation": -1}, "translation=-1 must lie"),
         ({"min_crop": 0.0}, r"min_crop=0\.0 must lie"),
+        ({"crop_padding": -1}, "crop_padding=-1 must be"),
         ({"zoom": 1.0}, "zoom"),
         ({"rotation": -5.0}, r"rotation=-5\.0 must lie"),
         ({"erasing": 2.0}, r"erasing=2\.0 must lie"),

@@ -1,18 +1,34 @@
 """Data sets: where they come from, their splits and labels."""
 
+import io
+import json
 import pickle
+import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torchvision.transforms.v2 import Compose
 from transformers import ViTImageProcessor
 
-from trainers.arguments import AugmentationArguments, DataArguments
+from trainers.arguments import AugmentationArguments, DataArguments, ModelArguments
 from trainers.augmentation import Augmentation, Crop
-from trainers.data import label_names, load_splits, processor_transform, with_transform
+from trainers.data import (
+    ImagesInMemory,
+    collate,
+    label_names,
+    load_splits,
+    processor_transform,
+    sample_images,
+    training_images,
+    with_transform,
+)
+from trainers.finetune import main as finetune
+from trainers.models import make_model
 
 
 def save_images(folder: Path, count: int, mode: str = "RGB", size: tuple[int, int] = (20, 16)) -> None:
@@ -190,7 +206,13 @@ def test_a_class_that_is_not_in_train_is_named(tmp_path):
     names = datasets.ClassLabel(names=["a", "b", "c"])
     save_parquet(tmp_path, [0, 1] * 5, names)
     save_parquet(tmp_path, [1, 2], names, split="validation")
-    with pytest.raises(ValueError, match=r"class 'c' of split 'validation' of .* has no image in 'train'"):
+    with pytest.raises(ValueError, match=r"class 'c' of .* has no image in 'train'$"):
+        load_splits(DataArguments(dataset=str(tmp_path)))
+
+
+def test_classes_without_images_are_named(tmp_path):
+    save_parquet(tmp_path, [0, 2] * 5, datasets.ClassLabel(names=["a", "b", "c", "d", "e"]))
+    with pytest.raises(ValueError, match=r"class 'b' of .* has no image in 'train', and 2 more have none$"):
         load_splits(DataArguments(dataset=str(tmp_path)))
 
 
@@ -231,8 +253,49 @@ def test_a_broken_image_is_found_before_training(tmp_path, spoil, message):
 def test_a_missing_image_is_found_before_training(tmp_path):
     images = [np.zeros((4, 4, 3), np.uint8), None] * 4
     save_parquet(tmp_path, [0, 0, 1, 1] * 2, datasets.Value("int64"), images=images)
-    with pytest.raises(ValueError, match=r"image 1 of split 'train' of .* is missing"):
+    with pytest.raises(ValueError, match=r"4 of 8 images of .*: row 1 of split 'train', row 3 .* is missing"):
         load_splits(DataArguments(dataset=str(tmp_path)))
+
+
+def spoil_images(folder: Path) -> list[str]:
+    """Seven broken images of 22, in two splits."""
+    for split, count in {"train": 8, "val": 3}.items():
+        for name in ("cat", "dog"):
+            save_images(folder / split / name, count)
+    broken = [*(f"train/dog/{index}.jpg" for index in range(6)), "val/cat/1.jpg"]
+    for name in broken:
+        (folder / name).write_bytes(b"no image")
+    return [str(folder / name) for name in broken]
+
+
+def test_all_broken_images_are_told_at_once(tmp_path):
+    broken = spoil_images(tmp_path)
+    with pytest.raises(ValueError, match=r"^7 of 22 images of .* cannot be used: .* \(the first cannot") as raised:
+        load_splits(DataArguments(dataset=str(tmp_path)))
+    told = f": {', '.join(broken[:5])} and 2 more (the first cannot be decoded (cannot identify image file"
+    assert told in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_broken_images_can_be_skipped(tmp_path, capsys):
+    spoil_images(tmp_path)
+    splits = load_splits(DataArguments(dataset=str(tmp_path), on_corrupt="skip"))
+    assert "7 of 22 images of" in capsys.readouterr().out
+    assert {name: np.bincount(split["label"]).tolist() for name, split in splits.items()} == {
+        "train": [8, 2],
+        "validation": [2, 3],
+    }
+    assert len([np.array(image) for split in splits.values() for image in split["image"]]) == 15
+    for index in (6, 7):
+        (tmp_path / "train" / "dog" / f"{index}.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"class 'dog' of .* has no image in 'train'$"):
+        load_splits(DataArguments(dataset=str(tmp_path), on_corrupt="skip"))
+
+
+def test_a_class_is_not_held_out_altogether(tmp_path):
+    save_parquet(tmp_path, [0] * 10 + [1] * 2, datasets.ClassLabel(names=["a", "b"]))
+    with pytest.raises(ValueError, match=r"class 'b' of .* has no image in 'train'$"):
+        load_splits(DataArguments(dataset=str(tmp_path), validation_fraction=0.8))
 
 
 def test_a_test_split_without_labels_is_left_out(tmp_path):
@@ -303,7 +366,401 @@ def test_labels_that_are_no_classes_are_refused(tmp_path, labels, feature, messa
         load_splits(DataArguments(dataset=save_parquet(tmp_path, labels, feature)))
 
 
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1])
-def test_a_share_must_be_a_share(fraction):
-    with pytest.raises(ValueError, match=f"validation_fraction={fraction} must lie between 0 and 1"):
-        load_splits(DataArguments(dataset="digits", validation_fraction=fraction))
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"validation_fraction": 1.0}, "validation_fraction=1.0 must lie between 0 and 1"),
+        ({"validation_fraction": -0.1}, "validation_fraction=-0.1 must lie between 0 and 1"),
+        ({"on_corrupt": "ignore"}, "on_corrupt='ignore' must be error or skip"),
+        ({"shuffle_buffer": 0}, "shuffle_buffer=0 must be at least 1"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(field, message):
+    with pytest.raises(ValueError, match=message):
+        DataArguments(dataset="digits", **field)
+
+
+def test_nothing_is_held_out_where_a_test_split_is_enough(tmp_path):
+    names = datasets.ClassLabel(names=["a", "b"])
+    arguments = DataArguments(dataset=save_parquet(tmp_path, [0, 1] * 5, names), validation_fraction=0)
+    with pytest.raises(ValueError, match=r"trains on all of .*: it needs a 'test' split with labels"):
+        load_splits(arguments)
+    save_parquet(tmp_path, [-1] * 4, names, split="test")
+    with pytest.raises(ValueError, match="it needs a 'test' split with labels"):
+        load_splits(arguments)
+    save_parquet(tmp_path, [0, 1] * 2, names, split="test")
+    assert {name: len(split) for name, split in load_splits(arguments).items()} == {"train": 10, "test": 4}
+    save_parquet(tmp_path, [0, 1], names, split="validation")
+    assert {name: len(split) for name, split in load_splits(arguments).items()} == {
+        "train": 10,
+        "validation": 2,
+        "test": 4,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- class names
+
+
+def save_names(folder: Path, names: list[str]) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "names.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    return str(folder / "names.txt")
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature"),
+    [
+        ([2, 0, 1] * 5, datasets.Value("int64")),
+        (["zébu", "gnu", "cow"] * 5, datasets.Value("string")),
+        ([2, 0, 1] * 5, datasets.ClassLabel(names=["n01", "n02", "n03"])),
+    ],
+)
+def test_a_file_names_the_classes(tmp_path, labels, feature):
+    names = save_names(tmp_path, ["gnu", "cow", "zébu"])
+    folder = save_parquet(tmp_path / "images", labels, feature)
+    splits = load_splits(DataArguments(dataset=folder, class_names=names))
+    assert label_names(splits) == ["gnu", "cow", "zébu"]
+    for row in splits["train"]:
+        assert row["label"] == (2, 0, 1)[np.array(row["image"])[0, 0, 0] % 3]
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "feature", "message"),
+    [
+        (["a", "b"], [0, 3, 2], "int64", "has label 3, which is none of the 2 classes of --class_names '.*names.txt'"),
+        (["a", "b"], ["a", "c", "b"], "string", "has label 'c', which is none of the 2 classes"),
+        (["a", "b", "c"], [0, 1, 0], "int64", "class 'c' of .* has no image in 'train'"),
+        (["a", "", "b"], [0, 1, 2], "int64", "names.txt' has an empty line"),
+        ([], [0, 1, 2], "int64", "names.txt' names no classes"),
+        (["a", "crane", "crane"], [0, 1, 2], "int64", "has 2 classes called 'crane'"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(tmp_path, names, labels, feature, message):
+    arguments = {"dataset": save_parquet(tmp_path / "images", labels * 4, datasets.Value(feature))}
+    with pytest.raises(ValueError, match=message):
+        load_splits(DataArguments(**arguments, class_names=save_names(tmp_path, names)))
+    with pytest.raises(ValueError, match=r"--class_names 'nowhere\.txt' is no file"):
+        load_splits(DataArguments(**arguments, class_names="nowhere.txt"))
+
+
+# ------------------------------------------------------------------------------------------------- shards and streams
+
+
+def save_shard(path: Path, rows: dict[int, object], suffix: str = "cls") -> None:
+    """A WebDataset shard of images whose pixels are the key of their row, with its label beside."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as shard:
+        for key, label in rows.items():
+            image = io.BytesIO()
+            Image.fromarray(np.full((8, 8, 3), key, dtype=np.uint8)).save(image, "png")
+            files = {"png": image.getvalue()} | ({} if label is None else {suffix: str(label).encode()})
+            for extension, content in files.items():
+                entry = tarfile.TarInfo(f"{key:05}.{extension}")
+                entry.size = len(content)
+                shard.addfile(entry, io.BytesIO(content))
+
+
+def save_shards(folder: Path) -> str:
+    """30 images in two shards to train on, 6 for validation; the class is the pixel modulo 3."""
+    for name, keys in {"train-0000": range(16), "train-0001": range(16, 30), "val-0000": range(100, 106)}.items():
+        save_shard(folder / f"{name}.tar", {key: key % 3 for key in keys})
+    return str(folder)
+
+
+def read_pixels(rows) -> list[tuple[int, int]]:
+    return [(int(np.array(row["image"])[0, 0, 0]), row["label"]) for row in rows]
+
+
+@pytest.fixture
+def no_delay(monkeypatch):
+    """The library waits 5 s at the end of some streams, for threads of Arrow."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+
+
+def test_shards_are_read(tmp_path):
+    splits = load_splits(DataArguments(dataset=save_shards(tmp_path / "[a] b")))
+    assert label_names(splits) == ["0", "1", "2"]
+    assert read_pixels(splits["train"]) == [(key, key % 3) for key in range(30)]
+    assert read_pixels(splits["validation"]) == [(key, key % 3) for key in range(100, 106)]
+
+
+@pytest.mark.parametrize(
+    ("shards", "sizes"),
+    [
+        (["a.tar", "b-1.tar"], {"train": 16, "validation": 4}),
+        (["train/0.tar", "train/1.tar", "val/0.tar", "test/0.tar"], {"train": 20, "validation": 10, "test": 10}),
+        (["x-train-00.tar", "x-validation-00.tar"], {"train": 10, "validation": 10}),
+        (["TRAIN_0.tar", "dev0.tar", "test.0.tar"], {"train": 10, "validation": 10, "test": 10}),
+        (["training-0.tar", "devices-0.tar"], {"train": 16, "validation": 4}),
+    ],
+)
+def test_the_splits_of_shards_are_in_their_names(tmp_path, shards, sizes):
+    for number, shard in enumerate(shards):
+        save_shard(tmp_path / shard, {10 * number + index: index % 2 for index in range(10)})
+    splits = load_splits(DataArguments(dataset=str(tmp_path)))
+    assert {name: len(split) for name, split in splits.items()} == sizes
+
+
+def test_shards_of_test_images_without_labels_are_left_out(tmp_path, no_delay, capsys):
+    folder, names = save_shards(tmp_path), save_names(tmp_path, ["a", "b", "c"])
+    save_shard(tmp_path / "z-test-0.tar", {200 + index: None for index in range(3)})
+    for streaming in (False, True):
+        splits = load_splits(DataArguments(dataset=folder, class_names=names, streaming=streaming))
+        assert list(splits) == ["train", "validation"]
+        assert "left out" in capsys.readouterr().out
+
+
+def test_classes_of_shards_may_be_names(tmp_path):
+    rows = {index: ("cat", "dog")[index % 2] for index in range(10)}
+    save_shard(tmp_path / "names" / "0.tar", rows, suffix="txt")
+    splits = load_splits(DataArguments(dataset=str(tmp_path / "names"), label_column="txt"))
+    assert label_names(splits) == ["cat", "dog"]
+    save_shard(tmp_path / "numbers" / "0.tar", rows)
+    with pytest.raises(ValueError, match=r"b'cat' \(\.cls files hold numbers; names belong in \.txt files"):
+        load_splits(DataArguments(dataset=str(tmp_path / "numbers")))
+
+
+def test_an_archive_beside_images_changes_nothing(tmp_path):
+    for name in ("cat", "dog"):
+        save_images(tmp_path / name, 4)
+    save_shard(tmp_path / "backup.tar", {0: 0})
+    assert label_names(load_splits(DataArguments(dataset=str(tmp_path)))) == ["cat", "dog"]
+
+
+@pytest.fixture(params=["shards", "parquet"])
+def streamable(request, tmp_path, no_delay) -> DataArguments:
+    """30 images to train on, 6 for validation; the class is the pixel modulo 3."""
+    if request.param == "shards":
+        names = save_names(tmp_path, ["a", "b", "c"])
+        return DataArguments(dataset=save_shards(tmp_path / "images"), class_names=names)
+    feature = datasets.ClassLabel(names=["a", "b", "c"])
+    save_parquet(tmp_path, [key % 3 for key in range(30)], feature)
+    return DataArguments(dataset=save_parquet(tmp_path, [0, 1, 2] * 2, feature, split="validation"))
+
+
+def test_a_stream_holds_what_a_reading_holds(streamable):
+    crop = Crop(AugmentationArguments(), (6, 6))
+    processor = processor_transform(ViTImageProcessor(size={"height": 6, "width": 6}))
+    read = load_splits(streamable)
+    streamed = load_splits(replace(streamable, streaming=True, shuffle_buffer=8), seed=1)
+    assert label_names(streamed) == label_names(read)
+    assert read_pixels(streamed["validation"]) == read_pixels(read["validation"])
+    expected, found = (
+        {(row["pixel_values"].numpy().tobytes(), int(row["labels"])) for row in training_images(split["train"], crop)}
+        for split in (read, streamed)
+    )
+    assert found == expected
+    assert len(found) == 30
+    evaluated = [list(with_transform(split["validation"], processor)) for split in (read, streamed)]
+    for row, other in zip(*evaluated, strict=True):
+        assert torch.equal(row["pixel_values"], other["pixel_values"])
+        assert row["labels"] == other["labels"]
+
+
+def test_a_stream_is_shuffled_by_its_seed_and_anew_in_each_epoch(streamable):
+    def order(seed: int, epoch: int = 0) -> list[tuple[int, int]]:
+        train = load_splits(replace(streamable, streaming=True), seed)["train"]
+        train.set_epoch(epoch)
+        return read_pixels(train)
+
+    orders = [order(seed=1), order(seed=2), order(seed=1, epoch=1)]
+    assert order(seed=1) == orders[0]
+    assert len(set(map(tuple, orders))) == 3
+    assert all(sorted(found) == [(key, key % 3) for key in range(30)] for found in orders)
+
+
+def test_a_stream_passes_broken_images(tmp_path, no_delay, capsys):
+    feature, broken = datasets.ClassLabel(names=["a", "b"]), b"no image"
+    images = [np.full((4, 4, 3), index, np.uint8) for index in range(6)]
+    images[1], images[4] = {"path": "one.jpg", "bytes": broken}, {"path": None, "bytes": broken}
+    folder = save_parquet(tmp_path, [0, 1] * 3, feature, images=images)
+    save_parquet(tmp_path, [0, 1] * 2, feature, split="test", images=[{"path": "x.jpg", "bytes": broken}] * 4)
+    arguments = DataArguments(dataset=folder, validation_fraction=0, streaming=True)
+    crop = Crop(AugmentationArguments(), (4, 4))
+    splits = load_splits(arguments)
+    with pytest.raises(
+        ValueError, match=r"^image (one.jpg|without a name, of label 0) of the stream cannot be decoded"
+    ):
+        list(training_images(splits["train"], crop))
+    train = training_images(splits["train"], crop, on_corrupt="skip")
+    for _ in range(2):
+        assert sorted(int(row["pixel_values"][0, 0, 0]) for row in train) == [0, 2, 3, 5]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" of the stream")[0] for line in sorted(lines)] == [
+        "Image one.jpg",
+        "Image without a name, of label 0",
+    ]
+    assert list(training_images(splits["test"], crop, on_corrupt="skip")) == []
+    assert sample_images(splits["test"], 3) == []
+    assert len(sample_images(splits["train"], 3)) == 3
+
+
+def test_what_cannot_be_streamed_is_named(tmp_path, no_delay):
+    save_images(tmp_path / "images" / "cat", 2)
+    save_parquet(tmp_path / "integers", [0, 1], datasets.Value("int64"))
+    save_parquet(tmp_path / "train", [0, 1], datasets.ClassLabel(names=["a", "b"]))
+    save_parquet(tmp_path / "tested", [0, 1], datasets.ClassLabel(names=["a", "b"]))
+    save_parquet(tmp_path / "tested", [0, 1], datasets.ClassLabel(names=["a", "b"]), split="test")
+    save_parquet(tmp_path / "one", [0, 0], datasets.ClassLabel(names=["a"]))
+    cases = {
+        "digits": "--streaming true is not for 'digits', which is in memory anyway",
+        str(tmp_path / "images"): "folders of images are read image by image anyway",
+        str(tmp_path / "integers"): "whose classes a stream does not know: pass --class_names",
+        str(tmp_path / "train"): "give it a 'validation' split, or a 'test' split and --validation_fraction 0",
+        str(tmp_path / "tested"): "give it a 'validation' split, or a 'test' split and --validation_fraction 0",
+        str(tmp_path / "one"): "has only the class 'a'",
+    }
+    for dataset, message in cases.items():
+        with pytest.raises(ValueError, match=message) as raised:
+            load_splits(DataArguments(dataset=dataset, streaming=True))
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("label", [-1, 2])
+def test_labels_of_a_stream_are_checked_as_they_come(tmp_path, no_delay, label):
+    feature = datasets.Value("int64")
+    save_parquet(tmp_path, [0, 1, label], feature)
+    save_parquet(tmp_path, [0, 1], feature, split="validation")
+    names = save_names(tmp_path, ["a", "b"])
+    splits = load_splits(DataArguments(dataset=str(tmp_path), class_names=names, streaming=True))
+    with pytest.raises(ValueError, match=f"label {label}, outside 0..1|[Cc]lass label {label} greater than"):
+        list(training_images(splits["train"], Crop(AugmentationArguments(), (8, 8))))
+
+
+# -------------------------------------------------------------------------------------------------- images in memory
+
+
+def save_photographs(folder: Path) -> str:
+    for index, (name, mode) in enumerate([("cat", "RGB"), ("dog", "L"), ("gnu", "RGBA")]):
+        save_images(folder / name, 5, mode, size=(20 + index, 30 - index))
+    return str(folder)
+
+
+def read_batches(images: torch.utils.data.Dataset, workers: int = 0) -> list[dict]:
+    torch.manual_seed(1)
+    loader = torch.utils.data.DataLoader(images, batch_size=4, shuffle=True, collate_fn=collate, num_workers=workers)
+    return list(loader)
+
+
+@pytest.mark.parametrize("options", [{}, {"interpolation": "bicubic", "crop_padding": 2}])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_in_memory_are_those_of_the_files(tmp_path, options, workers, monkeypatch):
+    arguments = AugmentationArguments(**options)
+    crop, augmentation = Crop(arguments, (8, 12)), Augmentation(arguments, [0.5] * 3, [0.5] * 3)
+    train = load_splits(DataArguments(dataset=save_photographs(tmp_path)))["train"]
+    kept = [training_images(train, crop), training_images(train, crop, augmentation)]
+    assert all(isinstance(images, ImagesInMemory) for images in kept)
+    monkeypatch.setattr("trainers.data.MAX_BYTES_IN_MEMORY", len(train) * 3 * 8 * 12 - 1)
+    decoded = [training_images(train, crop), training_images(train, crop, augmentation)]
+    assert not any(isinstance(images, ImagesInMemory) for images in decoded)
+    for ours, theirs in zip(kept, decoded):
+        for batch, other in zip(read_batches(ours, workers), read_batches(theirs, workers), strict=True):
+            assert batch.keys() == other.keys()
+            assert all(torch.equal(batch[name], other[name]) for name in batch)
+            assert all(batch[name].dtype == other[name].dtype for name in batch)
+
+
+def test_random_crops_are_made_anew(tmp_path):
+    train = load_splits(DataArguments(dataset=save_photographs(tmp_path)))["train"]
+    images = training_images(train, Crop(AugmentationArguments(min_crop=0.3), (8, 8)))
+    assert not torch.equal(images[0]["pixel_values"], images[0]["pixel_values"])
+    fixed = training_images(train, Crop(AugmentationArguments(), (8, 8)))
+    assert torch.equal(fixed[3]["pixel_values"], fixed[3]["pixel_values"])
+    assert len(fixed) == len(train) == len(images)
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+MODEL = ["--model", "vit_nano_patch2_8", "--per_device_train_batch_size", "4", "--report_to", "none"]
+
+
+def train(folder: Path, **fields) -> dict:
+    """Train for two steps and return what was logged."""
+    flags = [f"--{name}={value}" for name, value in {"max_steps": 2, "disable_tqdm": True, **fields}.items() if value]
+    finetune([*MODEL, "--output_dir", str(folder), *flags])
+    return json.loads((folder / "all_results.json").read_text())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_model_is_trained_on_a_stream(streamable, tmp_path, capsys, workers):
+    results = train(
+        tmp_path / "out",
+        dataset=streamable.dataset,
+        class_names=streamable.class_names,
+        streaming=True,
+        dataloader_num_workers=workers,
+    )
+    assert results["train_loss"] > 0
+    assert 0 <= results["validation_accuracy"] <= 1
+    printed = capsys.readouterr().out
+    assert "streamed train, streamed validation images; 2 steps" in printed
+    assert printed.count("classified as") == 3
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "validation split (6 images)" in card
+
+
+def test_the_training_seed_shuffles_a_stream(tmp_path):
+    for part in make_model(ModelArguments(model="vit_nano_patch2_8"), ["a", "b", "c"]):
+        part.save_pretrained(tmp_path / "model")
+    names = save_names(tmp_path, ["a", "b", "c"])
+    fields = {"dataset": save_shards(tmp_path / "images"), "class_names": names, "model": str(tmp_path / "model")}
+    results = [train(tmp_path / str(seed), **fields, streaming=True, seed=seed) for seed in (1, 2)]
+    assert results[0]["train_loss"] != results[1]["train_loss"]
+
+
+def test_a_model_is_trained_without_a_validation_split(tmp_path, capsys):
+    names = datasets.ClassLabel(names=["a", "b"])
+    save_parquet(tmp_path / "images", [0, 1] * 8, names)
+    fields = {"dataset": save_parquet(tmp_path / "images", [0, 1, 0], names, split="test"), "validation_fraction": "0"}
+    results = train(tmp_path / "out", **fields)
+    assert "test_accuracy" in results
+    assert not any(name.startswith(("eval", "validation")) for name in results)
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert not any("eval_loss" in entry for entry in state["log_history"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "test split (3 images)" in card
+    assert "| train | 16 |" in card
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        train(tmp_path / "again", **fields, load_best_model_at_end=True)
+    error = capsys.readouterr().err
+    assert "--load_best_model_at_end true needs a validation split" in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_steps": None}, "--streaming true needs --max_steps"),
+        ({"repeated_augmentation": 2}, "--repeated_augmentation must know all training images beforehand"),
+        ({"class_balanced_sampling": True}, "--class_balanced_sampling must know"),
+        ({"class_weight_beta": 0.9}, "--class_weight_beta must know"),
+        ({"logit_adjustment": 1.0}, "--logit_adjustment must know"),
+        ({"unmixed_epochs": 1}, "--unmixed_epochs must know"),
+        ({"unmasked_epochs": 1}, "--unmasked_epochs must know"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_refused(fields, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train(tmp_path / "out", dataset="a/b", streaming=True, **fields)
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_training_is_the_same_from_memory_as_from_files(tmp_path, monkeypatch, on_device):
+    def losses(folder: Path) -> float:
+        return train(
+            folder,
+            dataset=str(tmp_path / "images"),
+            crop_padding=2,
+            horizontal_flip=0.5,
+            augment_on_device=str(on_device),
+        )["train_loss"]
+
+    save_photographs(tmp_path / "images")
+    from_memory = losses(tmp_path / "memory")
+    monkeypatch.setattr("trainers.data.MAX_BYTES_IN_MEMORY", 0)
+    assert losses(tmp_path / "files") == from_memory

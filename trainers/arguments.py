@@ -77,16 +77,40 @@ class DataArguments:
     dataset: str = field(
         metadata={
             "help": "digits (built in), a folder of images (one sub-folder a class, with or without train/val/test "
-            "above), a folder of parquet files, or a Hub data set."
+            "above), of parquet files or of WebDataset shards (train-0000.tar), or a Hub data set."
         }
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     image_column: str | None = field(default=None, metadata={"help": "Column of images. Default: the only one."})
     label_column: str | None = field(default=None, metadata={"help": "Column of labels. Default: the only one."})
+    class_names: str | None = field(
+        default=None,
+        metadata={"help": "File with the name of a class on each line, in their order. Default: the data set's own."},
+    )
     validation_fraction: float = field(
-        default=0.2, metadata={"help": "Stratified share of train to hold out where there is no validation split."}
+        default=0.2,
+        metadata={
+            "help": "Stratified share of train to hold out where there is no validation split; 0 is none, to evaluate "
+            "on the test split alone."
+        },
     )
     split_seed: int = field(default=0, metadata={"help": "Seed of that split, apart from the training seed."})
+    on_corrupt: str = field(
+        default="error", metadata={"help": "On images that cannot be decoded: error, or skip them."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read parquet files, shards or a Hub data set while training. Needs max_steps."},
+    )
+    shuffle_buffer: int = field(default=10000, metadata={"help": "Images of a stream that the next one is drawn from."})
+
+    def __post_init__(self):
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction={self.validation_fraction} must lie between 0 and 1")
+        if self.on_corrupt not in ("error", "skip"):
+            raise ValueError(f"on_corrupt={self.on_corrupt!r} must be error or skip")
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"shuffle_buffer={self.shuffle_buffer} must be at least 1")
 
 
 @dataclass
@@ -100,7 +124,7 @@ class AugmentationArguments:
         metadata={"help": "Random resized crop of at least this share of the area, e.g. 0.35. Default: no crop."},
     )
     crop_padding: int = field(
-        default=0, metadata={"help": "Or a random crop after padding the resized image by this many pixels, mirrored."}
+        default=0, metadata={"help": "Shift by up to this many pixels each way, mirrored at the edges."}
     )
     interpolation: str = field(default="bilinear", metadata={"help": "Of crops: bilinear or bicubic."})
     horizontal_flip: float = field(default=0.0, metadata={"help": "Probability of mirroring left and right."})

@@ -19,21 +19,16 @@ from trainers.arguments import AugmentationArguments
 
 
 class Crop:
-    """Images of any size -> one batch of 8-bit pixels (B, C, H, W)."""
+    """Images of any size -> one batch of 8-bit pixels (B, C, H, W): a random part of each, or all of it."""
 
     def __init__(self, arguments: AugmentationArguments, size: tuple[int, int]):
         interpolation = v2.InterpolationMode(arguments.interpolation)
-        if arguments.min_crop is not None:
-            cut = [v2.RandomResizedCrop(size, scale=(arguments.min_crop, 1.0), interpolation=interpolation)]
-        elif arguments.crop_padding:
-            # DeiT III's simple random crop, https://arxiv.org/abs/2204.07118, section 3.2: the shorter side fits.
-            cut = [
-                v2.Resize(min(size), interpolation) if size[0] == size[1] else v2.Resize(size, interpolation),
-                v2.RandomCrop(size, padding=arguments.crop_padding, padding_mode="reflect"),
-            ]
+        self.size, self.is_random = size, arguments.min_crop is not None
+        if self.is_random:
+            cut = v2.RandomResizedCrop(size, scale=(arguments.min_crop, 1.0), interpolation=interpolation)
         else:
-            cut = [v2.Resize(size, interpolation)]
-        self.change = v2.Compose([*cut, v2.PILToTensor()])
+            cut = v2.Resize(size, interpolation)
+        self.change = v2.Compose([cut, v2.PILToTensor()])
 
     def __call__(self, images: list[PIL.Image.Image]) -> Tensor:
         return torch.stack([self.change(image) for image in images])
@@ -57,7 +52,7 @@ class Augmentation:
     def __call__(self, images: Tensor) -> Tensor:
         arguments = self.arguments
         fill = (self.mean * 255).round().to(images.device)
-        pixels = images.float()
+        pixels = (shift(images, arguments.crop_padding) if arguments.crop_padding else images).float()
         if arguments.horizontal_flip:
             flipped = _each(torch.rand(len(pixels)) < arguments.horizontal_flip).to(pixels.device)
             pixels = torch.where(flipped, pixels.flip(3), pixels)
@@ -89,10 +84,33 @@ def check_arguments(arguments: AugmentationArguments) -> None:
             raise ValueError(f"{name}={getattr(arguments, name)} must lie between 0 and 1")
     if not 0 <= arguments.rotation <= 180:
         raise ValueError(f"rotation={arguments.rotation} must lie between 0 and 180 degrees")
+    if arguments.crop_padding < 0:
+        raise ValueError(f"crop_padding={arguments.crop_padding} must be at least 0")
     if arguments.min_crop is not None and not 0 < arguments.min_crop <= 1:
         raise ValueError(f"min_crop={arguments.min_crop} must lie between 0 and 1")
     if arguments.zoom == 1:
         raise ValueError("zoom=1.0 would shrink an image to nothing: choose a smaller share")
+
+
+def shift(pixels: Tensor, padding: int) -> Tensor:
+    """Crop each image (C, H, W) out of itself with `padding` mirrored pixels around, at a place of its own.
+
+    The padded crop of CIFAR's recipes (https://arxiv.org/abs/1512.03385, section 4.2), mirrored as in DeiT III
+    (https://arxiv.org/abs/2204.07118, section 3.2).
+    """
+    count, channels, height, width = pixels.shape
+    down, right = torch.randint(-padding, padding + 1, (2, count, 1))
+    rows = _mirror(torch.arange(height) + down, height).to(pixels.device)
+    columns = _mirror(torch.arange(width) + right, width).to(pixels.device)
+    pixels = pixels.gather(2, rows.view(count, 1, height, 1).expand(-1, channels, -1, width))
+    return pixels.gather(3, columns.view(count, 1, 1, width).expand(-1, channels, height, -1))
+
+
+def _mirror(positions: Tensor, length: int) -> Tensor:
+    """Positions outside 0..length - 1 reflected into it, without the edge itself twice."""
+    period = max(1, 2 * (length - 1))
+    positions = positions.remainder(period)
+    return torch.minimum(positions, period - positions)
 
 
 def _each(values: Tensor) -> Tensor:

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
-from torchvision.transforms.v2 import Compose
-from transformers import PreTrainedModel, default_data_collator, pipeline, set_seed
+from transformers import PreTrainedModel, pipeline, set_seed
+from transformers.trainer_utils import IntervalStrategy
 
 from model_cards.card import METRIC_TITLES, TrainingRun, write_card
 from model_cards.environment import describe_hardware, library_versions
@@ -24,14 +24,17 @@ from trainers.arguments import (
 from trainers.augmentation import Augmentation, Crop
 from trainers.data import (
     BUILT_IN_TITLES,
-    IMAGE,
     LABEL,
     TEST,
     TRAIN,
     VALIDATION,
+    Splits,
+    collate,
     label_names,
     load_splits,
     processor_transform,
+    sample_images,
+    training_images,
     with_transform,
 )
 from trainers.losses import Criterion, effective_number_weights, logit_adjustment
@@ -54,31 +57,39 @@ def train_classifier(command: TrainingCommand) -> None:
     with report_user_errors(command.program):
         check_output_dir(training_args)
         set_seed(training_args.seed)
-        splits = load_splits(command.data)
-        check_batch_size(training_args, len(splits[TRAIN]))
+        if command.data.streaming:
+            check_streaming(command.augmentation, command.loss, training_args)
+        splits = load_splits(command.data, training_args.seed)
+        if not command.data.streaming:
+            check_batch_size(training_args, len(splits[TRAIN]))
+        if VALIDATION not in splits:
+            train_without_validation(training_args)
         model, processor = make_model(command.model, label_names(splits))
         size, mean, std = read_processor(processor)
         crop, augmentation = Crop(command.augmentation, size), Augmentation(command.augmentation, mean, std)
         on_device = command.augmentation.augment_on_device
-        train_dataset = with_transform(splits[TRAIN], crop if on_device else Compose([crop, augmentation]))
+        train_dataset = training_images(
+            splits[TRAIN], crop, None if on_device else augmentation, on_corrupt=command.data.on_corrupt
+        )
         evaluated = {
-            name: with_transform(split, processor_transform(processor))
+            name: with_transform(split, processor_transform(processor), command.data.on_corrupt)
             for name, split in splits.items()
             if name != TRAIN
         }
-        counts = torch.bincount(torch.tensor(splits[TRAIN][LABEL]), minlength=model.config.num_labels)
+        labels = [] if command.data.streaming else splits[TRAIN][LABEL][:]
+        counts = torch.bincount(torch.tensor(labels, dtype=torch.long), minlength=model.config.num_labels)
         trainer = ViTTrainer(
             model=model,
             args=training_args,
-            data_collator=default_data_collator,
+            data_collator=collate,
             train_dataset=train_dataset,
-            eval_dataset=evaluated[VALIDATION],
+            eval_dataset=evaluated.get(VALIDATION),
             processing_class=processor,
             compute_metrics=compute_metrics,
             augmentation=augmentation if on_device else None,
             mixing=make_mixing(command.augmentation, command.loss, model.config.num_labels),
             criterion=make_criterion(command.loss, counts),
-            sampler=make_sampler(command.augmentation, command.loss, splits[TRAIN][LABEL], training_args.seed),
+            sampler=make_sampler(command.augmentation, command.loss, labels, training_args.seed),
             teacher=Teacher(command.loss, label_names(splits), mean, std, training_args.device, training_args.bf16)
             if command.loss.teacher
             else None,
@@ -112,7 +123,8 @@ def train_classifier(command: TrainingCommand) -> None:
         from_scratch=from_scratch,
         dataset=None if dataset in BUILT_IN_TITLES else dataset,
         dataset_title=BUILT_IN_TITLES.get(dataset),
-        split_sizes={name: len(split) for name, split in splits.items()},
+        split_sizes=({} if command.data.streaming else {TRAIN: len(labels)})
+        | {name: len(prediction.label_ids) for name, prediction in predictions.items()},
         evaluation_split=reported,
         results={name: results[name] for name in METRIC_TITLES if name in results},
         confusion_matrix=count_confusions(predictions[reported].predictions, predictions[reported].label_ids),
@@ -174,9 +186,42 @@ def check_batch_size(training_args: TrainingArguments, num_images: int) -> None:
         )
 
 
-def describe(name: str, model: PreTrainedModel, splits: DatasetDict, training_args: TrainingArguments) -> str:
+def check_streaming(
+    augmentation_args: AugmentationArguments, loss_args: LossArguments, training_args: TrainingArguments
+) -> None:
+    """Raises ValueError for what must know the number of training images or their labels beforehand."""
+    if training_args.max_steps <= 0:
+        raise ValueError("--streaming true needs --max_steps: a stream does not say how long it is")
+    needing = {
+        "repeated_augmentation": augmentation_args.repeated_augmentation > 1,
+        "class_balanced_sampling": loss_args.class_balanced_sampling,
+        "class_weight_beta": loss_args.class_weight_beta,
+        "logit_adjustment": loss_args.logit_adjustment,
+        "unmixed_epochs": training_args.unmixed_epochs,
+        "unmasked_epochs": training_args.unmasked_epochs,
+    }
+    refused = [name for name, value in needing.items() if value]
+    if refused:
+        raise ValueError(f"--{refused[0]} must know all training images beforehand: not with --streaming true")
+
+
+def train_without_validation(training_args: TrainingArguments) -> None:
+    """Nothing is evaluated before the end.
+
+    Raises:
+        ValueError: if the best checkpoint was asked for.
+    """
+    if training_args.load_best_model_at_end:
+        raise ValueError("--load_best_model_at_end true needs a validation split to tell which model is best")
+    training_args.eval_strategy = IntervalStrategy.NO
+
+
+def describe(name: str, model: PreTrainedModel, splits: Splits, training_args: TrainingArguments) -> str:
     """Two lines on what is about to happen; `name` says of which model."""
-    sizes = ", ".join(f"{len(split):,} {split_name}" for split_name, split in splits.items())
+    sizes = ", ".join(
+        f"{len(split):,} {split_name}" if isinstance(split, Dataset) else f"streamed {split_name}"
+        for split_name, split in splits.items()
+    )
     steps, epochs = training_args.max_steps, training_args.num_train_epochs
     length = f"{steps:,} steps" if steps > 0 else f"{epochs:g} epochs"
     trained = model.num_parameters(only_trainable=True)
@@ -184,18 +229,19 @@ def describe(name: str, model: PreTrainedModel, splits: DatasetDict, training_ar
     return f"{name}: {model.num_parameters():,} parameters{of_them}\n{sizes} images; {length} on {describe_hardware()}"
 
 
-def show_predictions(output_dir: Path, dataset: Dataset, trust_remote_code: bool = False, count: int = 3) -> None:
+def show_predictions(
+    output_dir: Path, dataset: Dataset | IterableDataset, trust_remote_code: bool = False, count: int = 3
+) -> None:
     """Open the folder as a user would, classify a few held-out images and say what to do next."""
     classifier = pipeline(
         "image-classification", model=str(output_dir), device="cpu", trust_remote_code=trust_remote_code
     )
-    names = dataset.features[LABEL].names
-    rows = dataset.select(range(0, len(dataset), max(1, len(dataset) // count))).select(range(min(count, len(dataset))))
-    print(f"\n{rows.num_rows} held-out images through pipeline('image-classification', model={str(output_dir)!r}):")
-    for row in rows:
-        best = classifier(row[IMAGE], top_k=1)[0]
-        verdict = "right" if best["label"] == names[row[LABEL]] else "wrong"
-        print(f"  {names[row[LABEL]]!r} classified as {best['label']!r} with {best['score']:.1%}: {verdict}")
+    names, images = dataset.features[LABEL].names, sample_images(dataset, count)
+    print(f"\n{len(images)} held-out images through pipeline('image-classification', model={str(output_dir)!r}):")
+    for image, label in images:
+        best = classifier(image, top_k=1)[0]
+        verdict = "right" if best["label"] == names[label] else "wrong"
+        print(f"  {names[label]!r} classified as {best['label']!r} with {best['score']:.1%}: {verdict}")
     executable = Path(sys.executable)
     python = executable.relative_to(Path.cwd()) if executable.is_relative_to(Path.cwd()) else "python"
     model, other = shlex.quote(str(output_dir)), shlex.quote(f"{output_dir}-finetuned")

@@ -1,79 +1,197 @@
 """Data sets of labelled images: where they come from, their splits and labels, and batches for the model."""
 
-import io
-from collections.abc import Callable, Iterable
+import glob
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import datasets
 import numpy as np
 import PIL.Image
 import sklearn.datasets
-from datasets import ClassLabel, Dataset, DatasetDict, Image
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict
+from datasets.exceptions import DatasetGenerationError
 from datasets.utils import tqdm
 from torch import Tensor
-from transformers import BaseImageProcessor
+from torchvision.transforms.v2 import Compose
+from transformers import BaseImageProcessor, default_data_collator
 from transformers.image_utils import load_image
 
 from trainers.arguments import DataArguments
+from trainers.augmentation import Augmentation, Crop
 
 
 IMAGE, LABEL = "image", "label"
+# The last is what WebDataset shards call theirs.
+LABEL_NAMES = ("label", "labels", "class", "target", "cls")
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")  # what the library's reader knows
 BUILT_IN_TITLES = {"digits": "scikit-learn's handwritten digits"}
 HUB_ID_SHAPE = "a Hub data set such as user/name"
+MAX_BYTES_IN_MEMORY = 2**30
+IMAGES_FOR_THREADS = 256  # handed over at once, still encoded
+IMAGES_OF_STREAM = 32  # decoded at once
+
+Splits = DatasetDict | IterableDatasetDict
 
 
-def load_splits(arguments: DataArguments) -> DatasetDict:
-    """Splits `train`, `validation` and perhaps `test`, each with a column `image` and a `ClassLabel` column `label`.
+def load_splits(arguments: DataArguments, seed: int = 0) -> Splits:
+    """Splits `train`, `validation` and `test`, each with a column `image` and a `ClassLabel` column `label`.
 
-    Where there is no validation split, a stratified share of train is held out. A test split without labels is left
-    out.
+    Where there is no validation split, a stratified share of train is held out, or none is made if that share is 0.
+    A test split without labels is left out, and so are broken images if they are to be skipped.
+
+    With `streaming` the splits are read as they come, train in an order that `seed` decides.
 
     Raises:
         ValueError: naming what is wrong with the data set: no images or broken ones, one class only, labels that are
-            no classes.
+            no classes, classes without images, no split to evaluate on, nothing that can be streamed.
     """
-    splits = _load(arguments)
-    if TRAIN not in splits:
-        if len(splits) > 1:
-            raise ValueError(f"data set {arguments.dataset!r} has splits {', '.join(splits)} but no {TRAIN!r}")
-        splits = DatasetDict({TRAIN: next(iter(splits.values()))})
-    validations = [name for name in VALIDATION_NAMES if name in splits]
-    if len(validations) > 1:
-        raise ValueError(f"data set {arguments.dataset!r} has two validation splits: {', '.join(validations)}")
-    if validations:
-        splits[VALIDATION] = splits.pop(validations[0])
-    splits = DatasetDict({name: splits[name] for name in (TRAIN, VALIDATION, TEST) if name in splits})
-    splits = _name_columns(splits, arguments)
-    splits = _make_class_labels(splits, arguments.dataset)
+    splits = _name_columns(_name_splits(_load(arguments), arguments.dataset), arguments)
+    if arguments.streaming:
+        return _prepare_streams(splits, arguments, seed)
+    splits = _make_class_labels(splits, arguments)
     if TEST in splits and len(splits[TEST]) and all(map(_is_missing, splits[TEST][LABEL])):
         print(f"The {len(splits[TEST]):,} images of the test split have no labels: it is left out.")
         del splits[TEST]
     _check_labels(splits, arguments.dataset)
-    _check_images(splits, arguments.dataset)
-    if VALIDATION in splits:
-        return splits
-    return _hold_out(splits, arguments)
+    splits = _check_images(splits, arguments)
+    if VALIDATION not in splits:
+        splits = _hold_out(splits, arguments)
+    # Once more: images that were left out or held out may have been all of their class.
+    _check_labels(splits, arguments.dataset)
+    return splits
 
 
-def label_names(splits: DatasetDict) -> list[str]:
+def label_names(splits: Splits) -> list[str]:
     """Class names in the order of the class indices."""
     return list(splits[TRAIN].features[LABEL].names)
 
 
-def with_transform(dataset: Dataset, transform: Callable) -> Dataset:
-    """Decode images when they are asked for: rows become `pixel_values` (C, H, W) and `labels`."""
+def training_images(
+    split: Dataset | IterableDataset, crop: Crop, augmentation: Augmentation | None = None, on_corrupt: str = "error"
+) -> torch.utils.data.Dataset:
+    """What a model is trained on: `pixel_values` (C, H, W) and `labels`, to be collated by `collate`.
 
-    return dataset.with_transform(partial(_make_batch, transform=transform))
+    Images that are not cropped at random are decoded once, if all of them fit into 1 GiB.
+
+    Args:
+        augmentation: Of the batches, where it is not left to the training device.
+        on_corrupt: As in `with_transform`.
+    """
+    height, width = crop.size
+    is_fixed = isinstance(split, Dataset) and not crop.is_random
+    if is_fixed and len(split) * 3 * height * width <= MAX_BYTES_IN_MEMORY:
+        return ImagesInMemory(split, crop, augmentation)
+    return with_transform(split, crop if augmentation is None else Compose([crop, augmentation]), on_corrupt)
+
+
+class ImagesInMemory(torch.utils.data.Dataset):
+    """All images of a split, decoded and cropped once. A data loader gets its batches whole, not row by row."""
+
+    def __init__(self, split: Dataset, crop: Crop, augmentation: Augmentation | None = None):
+        self.labels = torch.tensor(split[LABEL][:])
+        self.pixels = torch.empty(len(split), 3, *crop.size, dtype=torch.uint8)
+        self.augmentation = augmentation
+        cropped = _map_images(lambda image: crop([decode(image)])[0], split, "Decoding train images")
+        for row, pixels in enumerate(cropped):
+            self.pixels[row] = pixels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        return {name: values[0] for name, values in self.__getitems__([row]).items()}
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        rows = torch.tensor(rows)
+        pixels = self.pixels[rows]
+        if self.augmentation is not None:
+            pixels = self.augmentation(pixels)
+        return {"pixel_values": pixels, "labels": self.labels[rows]}
+
+
+def collate(rows: list[dict] | dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rows, or what is a batch already, as a batch."""
+    return rows if isinstance(rows, dict) else default_data_collator(rows)
+
+
+def with_transform(
+    dataset: Dataset | IterableDataset, transform: Callable, on_corrupt: str = "error"
+) -> Dataset | IterableDataset:
+    """Decode images when they are asked for: rows become `pixel_values` (C, H, W) and `labels`.
+
+    Args:
+        transform: A list of RGB images to pixels (B, C, H, W).
+        on_corrupt: What to do about an image of a stream that cannot be decoded: `error`, or `skip` its row.
+    """
+    encoded = dataset.cast_column(IMAGE, Image(decode=False))
+    if isinstance(dataset, Dataset):
+        return encoded.with_transform(partial(_make_batch, transform=transform))
+    read = _StreamReader(transform, dataset.features[LABEL].num_classes, on_corrupt)
+    return encoded.map(read, batched=True, batch_size=IMAGES_OF_STREAM, remove_columns=[IMAGE, LABEL])
 
 
 def _make_batch(batch: dict, transform: Callable) -> dict:
-    # As pipelines read images: turned as the camera was held, in RGB.
-    images = [load_image(image) for image in batch[IMAGE]]
-    return {"pixel_values": transform(images), "labels": batch[LABEL]}
+    return {"pixel_values": transform([decode(image) for image in batch[IMAGE]]), "labels": batch[LABEL]}
+
+
+class _StreamReader:
+    """Rows of a stream to what `_make_batch` makes of them, checked as they come."""
+
+    def __init__(self, transform: Callable, num_classes: int, on_corrupt: str):
+        self.transform, self.num_classes, self.on_corrupt = transform, num_classes, on_corrupt
+        self.skipped = set()
+
+    def __call__(self, batch: dict) -> dict:
+        images, labels = [], []
+        for encoded, label in zip(batch[IMAGE], batch[LABEL]):
+            name = (encoded or {}).get("path") or f"without a name, of label {label}"
+            if label is None or not 0 <= label < self.num_classes:
+                raise ValueError(f"image {name} of the stream has label {label}, outside 0..{self.num_classes - 1}")
+            try:
+                images.append(decode(encoded))
+            except ValueError as error:
+                if self.on_corrupt == "error":
+                    raise ValueError(f"image {name} of the stream {error}; --on_corrupt skip leaves it out") from error
+                if name not in self.skipped:
+                    print(f"Image {name} of the stream {error}: it is left out.")
+                    self.skipped.add(name)
+            else:
+                labels.append(label)
+        return {"pixel_values": self.transform(images) if images else [], "labels": labels}
+
+
+def sample_images(split: Dataset | IterableDataset, count: int) -> list[tuple[PIL.Image.Image, int]]:
+    """Up to `count` images with their labels: from all over the split, or the first readable ones of a stream."""
+    encoded = split.cast_column(IMAGE, Image(decode=False))
+    if isinstance(split, Dataset):
+        encoded = encoded.select(range(0, len(split), max(1, len(split) // count)))
+    readable = (row for row in encoded if _find_fault(row[IMAGE]) is None)
+    return [(decode(row[IMAGE]), row[LABEL]) for row in islice(readable, count)]
+
+
+def decode(encoded: dict | None) -> PIL.Image.Image:
+    """An image as pipelines read it, turned as the camera was held, in RGB, from its `bytes` or at its `path`.
+
+    Raises:
+        ValueError: saying what is wrong with it, without its name.
+    """
+    if encoded is None:
+        raise ValueError("is missing")
+    try:
+        image = Image().decode_example(encoded)
+    except Exception as error:  # Pillow's readers fail in many ways
+        raise ValueError(f"cannot be decoded ({' '.join(str(error).split())})") from error
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"has mode {image.mode}, which would be clipped: convert it to 8 bits a channel")
+    return load_image(image)
 
 
 def processor_transform(processor: BaseImageProcessor) -> Callable:
@@ -94,22 +212,24 @@ def load_digits() -> DatasetDict:
     return DatasetDict({TRAIN: Dataset.from_dict(rows, features=features)})
 
 
-def _load(arguments: DataArguments) -> DatasetDict:
+def _load(arguments: DataArguments) -> Splits:
     name = arguments.dataset
     if arguments.dataset_config is not None and (name in BUILT_IN_TITLES or Path(name).exists()):
         raise ValueError(f"--dataset_config {arguments.dataset_config!r} is for data sets on the Hub, not for {name!r}")
     if name in BUILT_IN_TITLES:
+        if arguments.streaming:
+            raise ValueError(f"--streaming true is not for {name!r}, which is in memory anyway")
         return load_digits()
     folder = Path(name)
     if folder.is_dir():
-        loaded = _load_folder(folder)
+        loaded = _load_folder(folder, arguments.streaming)
     elif folder.exists():
         raise ValueError(f"dataset {name!r} is a file: give its folder")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"there is no folder {name!r}: give 'digits', a folder of images or {HUB_ID_SHAPE}")
     else:
         try:
-            loaded = datasets.load_dataset(name, arguments.dataset_config)
+            loaded = datasets.load_dataset(name, arguments.dataset_config, streaming=arguments.streaming)
         except Exception as error:
             # The Hub client and builders fail in many ways; each means that this name leads to no data.
             reason = " ".join(str(error).split())
@@ -119,16 +239,43 @@ def _load(arguments: DataArguments) -> DatasetDict:
     return loaded
 
 
-def _load_folder(folder: Path) -> DatasetDict:
+def _load_folder(folder: Path, streaming: bool) -> Splits:
+    shards = _find_shards(folder)
     try:
         if any(folder.rglob("*.parquet")):
-            return datasets.load_dataset(str(folder))
+            return datasets.load_dataset(str(folder), streaming=streaming)
+        if shards:
+            return datasets.load_dataset("webdataset", data_files=shards, streaming=streaming)
+        if streaming:
+            raise ValueError(
+                "--streaming true is for parquet files, WebDataset shards and Hub data sets: "
+                "folders of images are read image by image anyway"
+            )
         if any(path.name in METADATA_FILES for path in folder.rglob("metadata.*")):
             return datasets.load_dataset("imagefolder", data_dir=str(folder))
     except Exception as error:
         # Builders fail in many ways; each means that this folder leads to no data.
-        raise ValueError(f"cannot load folder {str(folder)!r}: {' '.join(str(error).split())}") from error
+        reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        hint = " (.cls files hold numbers; names belong in .txt files, with --label_column txt)" if shards else ""
+        raise ValueError(f"cannot load folder {str(folder)!r}: {' '.join(str(reason).split())}{hint}") from error
     return _read_image_folder(folder)
+
+
+def _find_shards(folder: Path) -> dict[str, list[str]]:
+    """WebDataset shards by the split that their folder or their name speaks of: `val/00.tar`, `data-val-00.tar`.
+
+    Archives beside images are left alone: they may hold the same images once more.
+    """
+    paths = sorted(folder.rglob("*.tar"))
+    if not paths or _find_images(folder.rglob("*")):
+        return {}
+    shards = defaultdict(list)
+    for path in paths:
+        words = re.split("[^a-z]+", str(path.relative_to(folder)).lower())
+        split = next((word for word in words if word in (TRAIN, *VALIDATION_NAMES, TEST)), TRAIN)
+        shards[split].append(glob.escape(str(path)))
+    # The library takes the columns from the last split, and those of a test split may lack the labels.
+    return {split: shards[split] for split in sorted(shards, key=lambda split: split == TRAIN)}
 
 
 def _read_image_folder(folder: Path) -> DatasetDict:
@@ -186,36 +333,69 @@ def _find_images(paths: Iterable[Path]) -> list[Path]:
     return sorted(path for path in paths if path.suffix.lower() in suffixes and path.is_file())
 
 
-def _check_images(splits: DatasetDict, name: str) -> None:
-    """Decode every image once, before hours of training end at the one that is broken."""
+def _check_images(splits: DatasetDict, arguments: DataArguments) -> DatasetDict:
+    """Decode every image once, before hours of training end at one that is broken, and leave the broken ones out."""
+    broken, readable = [], {}
     for key, split in splits.items():
         encoded = split.cast_column(IMAGE, Image(decode=False))
-        for row, image in enumerate(tqdm(encoded[IMAGE], desc=f"Reading {key} images", leave=False)):
-            fault = _find_fault(image)
-            if fault is not None:
-                path = (image or {}).get("path")
-                raise ValueError(f"image {row}{f' ({path})' if path else ''} of split {key!r} of {name!r} {fault}")
+        faults = list(_map_images(_find_fault, split, f"Reading {key} images"))
+        for row in (row for row, fault in enumerate(faults) if fault is not None):
+            path = (encoded[row][IMAGE] or {}).get("path")
+            broken.append((path or f"row {row} of split {key!r}", faults[row]))
+        readable[key] = split.select([row for row, fault in enumerate(faults) if fault is None])
+    if not broken:
+        return splits
+    more = f" and {len(broken) - 5:,} more" if len(broken) > 5 else ""
+    message = (
+        f"{len(broken):,} of {sum(map(len, splits.values())):,} images of {arguments.dataset!r} cannot be used: "
+        f"{', '.join(name for name, _ in broken[:5])}{more} (the first {broken[0][1]})"
+    )
+    if arguments.on_corrupt == "error":
+        raise ValueError(f"{message}: mend them, or leave them out by --on_corrupt skip")
+    print(f"{message}: left out.")
+    return DatasetDict(readable)
 
 
-def _find_fault(image: dict | None) -> str | None:
-    if image is None:
-        return "is missing"
+def _find_fault(encoded: dict | None) -> str | None:
     try:
-        with PIL.Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])) as decoded:
-            decoded.load()
-            if decoded.mode.startswith(("I", "F")):
-                return f"has mode {decoded.mode}, which would be clipped: convert it to 8 bits a channel"
-    except Exception as error:  # Pillow's readers fail in many ways
-        return f"cannot be decoded ({' '.join(str(error).split())})"
+        decode(encoded)
+    except ValueError as error:
+        return str(error)
     return None
 
 
-def _name_columns(splits: DatasetDict, arguments: DataArguments) -> DatasetDict:
+def _map_images(function: Callable, split: Dataset, description: str) -> Iterator:
+    """`function` of every encoded image in turn, in threads: Pillow decodes without Python's lock."""
+    encoded = split.cast_column(IMAGE, Image(decode=False)).select_columns(IMAGE)
+    with ThreadPoolExecutor() as threads, tqdm(total=len(split), desc=description, leave=False) as progress:
+        for start in range(0, len(split), IMAGES_FOR_THREADS):
+            for result in threads.map(function, encoded[start : start + IMAGES_FOR_THREADS][IMAGE]):
+                progress.update()
+                yield result
+
+
+def _name_splits(splits: Splits, name: str) -> Splits:
+    """Only `train`, `validation` and `test`, in that order and under these names."""
+    if TRAIN not in splits:
+        if len(splits) > 1:
+            raise ValueError(f"data set {name!r} has splits {', '.join(splits)} but no {TRAIN!r}")
+        splits = type(splits)({TRAIN: next(iter(splits.values()))})
+    validations = [key for key in VALIDATION_NAMES if key in splits]
+    if len(validations) > 1:
+        raise ValueError(f"data set {name!r} has two validation splits: {', '.join(validations)}")
+    if validations:
+        splits[VALIDATION] = splits.pop(validations[0])
+    return type(splits)({key: splits[key] for key in (TRAIN, VALIDATION, TEST) if key in splits})
+
+
+def _name_columns(splits: Splits, arguments: DataArguments) -> Splits:
     features = splits[TRAIN].features
+    if features is None:
+        raise ValueError(f"the columns of {arguments.dataset!r} are not known before it is read: it cannot be streamed")
     images = [name for name, feature in features.items() if isinstance(feature, Image)]
     image = _choose_column("image", arguments.image_column, images, features)
     labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    labels = labels or [name for name in ("label", "labels", "class", "target") if name in features]
+    labels = labels or [name for name in LABEL_NAMES if name in features]
     label = _choose_column("label", arguments.label_column, labels, features)
     splits = splits.select_columns([image, label])
     renamed = {old: new for old, new in ((image, IMAGE), (label, LABEL)) if old != new}
@@ -231,24 +411,79 @@ def _choose_column(kind: str, wanted: str | None, found: list[str], features) ->
     return wanted or found[0]
 
 
-def _make_class_labels(splits: DatasetDict, name: str) -> DatasetDict:
-    """Strings and integers become classes, numbered in the sorted order of all splits' values."""
-    feature = splits[TRAIN].features[LABEL]
-    if isinstance(feature, ClassLabel):
+def _prepare_streams(splits: IterableDatasetDict, arguments: DataArguments, seed: int) -> IterableDatasetDict:
+    name = arguments.dataset
+    if arguments.class_names is not None:
+        splits = splits.cast_column(LABEL, ClassLabel(names=read_class_names(arguments.class_names)))
+    if not isinstance(splits[TRAIN].features[LABEL], ClassLabel):
+        raise ValueError(
+            f"labels of {name!r} are numbers or strings whose classes a stream does not know: pass --class_names"
+        )
+    if len(label_names(splits)) < 2:
+        raise ValueError(f"{name!r} has only the class {label_names(splits)[0]!r} to train on")
+    if TEST in splits and _is_missing(next(iter(splits[TEST].select_columns(LABEL)))[LABEL]):
+        print("The first image of the test split has no label: it is left out.")
+        del splits[TEST]
+    if VALIDATION not in splits and (arguments.validation_fraction > 0 or TEST not in splits):
+        raise ValueError(
+            f"nothing can be held out of the stream {name!r}: give it a {VALIDATION!r} split, "
+            f"or a {TEST!r} split and --validation_fraction 0"
+        )
+    splits[TRAIN] = splits[TRAIN].shuffle(seed=seed, buffer_size=arguments.shuffle_buffer)
+    return splits
+
+
+def read_class_names(file: str) -> list[str]:
+    """One name a line, in the order of the class indices.
+
+    Raises:
+        ValueError: if there is no such file, it is empty, or a line in it is empty or stands there twice.
+    """
+    if not Path(file).is_file():
+        raise ValueError(f"--class_names {file!r} is no file: give one with the name of a class on each line")
+    names = [line.strip() for line in Path(file).read_text(encoding="utf-8").rstrip().splitlines()]
+    if not names:
+        raise ValueError(f"--class_names {file!r} names no classes")
+    if not all(names):
+        raise ValueError(f"--class_names {file!r} has an empty line: give each class a name")
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"--class_names {file!r} has {count} classes called {name!r}: tell them apart")
+    return names
+
+
+def _make_class_labels(splits: DatasetDict, arguments: DataArguments) -> DatasetDict:
+    """Strings and integers become classes, numbered as in the file of class names, or else in their sorted order."""
+    feature, name = splits[TRAIN].features[LABEL], arguments.dataset
+    if isinstance(feature, ClassLabel) and arguments.class_names is None:
         return splits
     dtype = getattr(feature, "dtype", str(feature))
     if not dtype.startswith(("int", "uint", "string", "large_string", "bool")):
         raise ValueError(f"labels of {name!r} are of type {dtype}: classes must be integers or strings")
     # A negative number stands for a missing label, as in test splits that are published without theirs.
     values = sorted({value for split in splits.values() for value in split.unique(LABEL) if not _is_missing(value)})
+    names = [str(value) for value in values]
+    if arguments.class_names is not None:
+        names = read_class_names(arguments.class_names)
+        known = names if "string" in dtype else range(len(names))
+        unknown = [value for value in values if value not in known]
+        if unknown:
+            raise ValueError(
+                f"{name!r} has label {unknown[-1]!r}, which is none of the {len(names)} classes of --class_names "
+                f"{arguments.class_names!r}"
+            )
+        values = known
     index = {value: position for position, value in enumerate(values)}
-    numbered = splits.map(
-        lambda value: {LABEL: -1 if _is_missing(value) else index[value]},
-        input_columns=LABEL,
-        features=datasets.Features({**splits[TRAIN].features, LABEL: datasets.Value("int64")}),
-        desc="Numbering classes",
+    numbers = {
+        key: [-1 if _is_missing(value) else index[value] for value in split[LABEL]] for key, split in splits.items()
+    }
+    feature = ClassLabel(names=names)
+    return DatasetDict(
+        {
+            key: split.remove_columns(LABEL).add_column(LABEL, numbers[key], feature=feature)
+            for key, split in splits.items()
+        }
     )
-    return numbered.cast_column(LABEL, ClassLabel(names=[str(value) for value in values]))
 
 
 def _is_missing(value: int | str | None) -> bool:
@@ -267,22 +502,24 @@ def _check_labels(splits: DatasetDict, name: str) -> None:
                 f"split {key!r} of {name!r} has label {outside[0]}, outside 0..{len(names) - 1} "
                 f"({outside.size} of {len(labels)} images)"
             )
-        if split.features[LABEL].names != names:
-            raise ValueError(f"split {key!r} of {name!r} has other classes than {TRAIN!r}")
-    present = set(splits[TRAIN][LABEL])
-    for key, split in splits.items():
-        unseen = sorted(set(split[LABEL]) - present)
-        if unseen:
-            raise ValueError(f"class {names[unseen[0]]!r} of split {key!r} of {name!r} has no image in {TRAIN!r}")
-    if len(present) < 2:
-        only = f"only the class {names[next(iter(present))]!r}"
+    if len(names) < 2:
+        only = f"only the class {names[0]!r}"
         raise ValueError(f"{name!r} has {only} to train on: a classifier needs at least two, one sub-folder for each")
+    counts = np.bincount(splits[TRAIN][LABEL], minlength=len(names))
+    empty = [class_name for class_name, count in zip(names, counts) if not count]
+    if empty:
+        more = f", and {len(empty) - 1:,} more have none" if len(empty) > 1 else ""
+        raise ValueError(f"class {empty[0]!r} of {name!r} has no image in {TRAIN!r}{more}")
 
 
 def _hold_out(splits: DatasetDict, arguments: DataArguments) -> DatasetDict:
     fraction = arguments.validation_fraction
-    if not 0 < fraction < 1:
-        raise ValueError(f"validation_fraction={fraction} must lie between 0 and 1")
+    if fraction == 0:
+        if TEST not in splits:
+            raise ValueError(
+                f"validation_fraction=0 trains on all of {arguments.dataset!r}: it needs a {TEST!r} split with labels"
+            )
+        return splits
     train = splits[TRAIN]
     counts = np.bincount(train[LABEL], minlength=len(train.features[LABEL].names))
     rare = [name for name, count in zip(train.features[LABEL].names, counts) if count == 1]
