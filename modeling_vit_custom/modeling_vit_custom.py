@@ -1116,6 +1116,8 @@ class ViTCustomForPreTraining(ViTCustomPreTrainedModel):
                 f"decoder_hidden_size={config.decoder_hidden_size} must be a multiple of 4 and of "
                 f"decoder_num_attention_heads={config.decoder_num_attention_heads}"
             )
+        grid = stages[0].grid_size
+        count_visible(grid[0] * grid[1], config.mask_ratio)
         super().__init__(config)
         self.model = ViTCustomModel(config)
         self.decoder = Decoder(config)
@@ -1147,9 +1149,7 @@ class ViTCustomForPreTraining(ViTCustomPreTrainedModel):
             raise ValueError(
                 f"noise of shape {tuple(noise.shape)} must be (batch, patches) = {(batch_size, num_patches)}"
             )
-        num_visible = max(1, int(num_patches * (1 - self.config.mask_ratio)))
-        if num_visible == num_patches:
-            raise ValueError(f"mask_ratio={self.config.mask_ratio} hides none of {num_patches} patch(es)")
+        num_visible = count_visible(num_patches, self.config.mask_ratio)
         ids_shuffle = noise.argsort(dim=1)
         ids_restore = ids_shuffle.argsort(dim=1)
 
@@ -1186,6 +1186,18 @@ class ViTCustomForPreTraining(ViTCustomPreTrainedModel):
     def resize_image_size(self, image_size: int | tuple[int, int], window_size: int | None = None):
         super().resize_image_size(image_size, window_size)
         self.decoder.position_embedding.resize(self.config.decoder_stage.grid_size)
+
+
+def count_visible(num_patches: int, mask_ratio: float) -> int:
+    """How many patches the encoder of a masked autoencoder sees.
+
+    Raises:
+        ValueError: if these are all.
+    """
+    num_visible = max(1, int(num_patches * (1 - mask_ratio)))
+    if num_visible == num_patches:
+        raise ValueError(f"mask_ratio={mask_ratio} hides none of {num_patches} patch(es)")
+    return num_visible
 
 
 def patchify(image: Tensor, patch_size: int) -> Tensor:

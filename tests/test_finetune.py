@@ -24,10 +24,12 @@ from transformers import (
 
 from modeling_vit_custom import ViTCustomForImageClassification, preset_config
 from trainers.arguments import (
+    RECIPES,
     AugmentationArguments,
     DataArguments,
     LossArguments,
     ModelArguments,
+    PretrainingArguments,
     TrainingArguments,
     list_recipes,
     parse_arguments,
@@ -37,6 +39,7 @@ from trainers.augmentation import Augmentation, Crop
 from trainers.data import load_splits, processor_transform
 from trainers.finetune import main as finetune
 from trainers.models import make_model, parse_overrides, read_processor
+from trainers.pretrain import main as pretrain
 from trainers.runs import hide_folders, last_checkpoint
 
 
@@ -64,15 +67,15 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def parse(argv):
-    dataclasses = [ModelArguments, DataArguments, AugmentationArguments, LossArguments, TrainingArguments]
+def parse(argv, more=()):
+    dataclasses = [ModelArguments, DataArguments, AugmentationArguments, LossArguments, TrainingArguments, *more]
     return parse_arguments(dataclasses, argv, "finetune", "", "")
 
 
-def error_of(capsys, argv) -> str:
-    """What the command prints for a user's mistake; it must be one line and exit with 2."""
+def error_of(capsys, argv, command=finetune) -> str:
+    """What a command prints for a user's mistake; it must be one line and exit with 2."""
     with pytest.raises(SystemExit) as exit_status:
-        finetune(argv)
+        command(argv)
     assert exit_status.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert len(lines) == 1, lines
@@ -311,23 +314,39 @@ def test_an_unknown_recipe_field_is_named(tmp_path):
 
 # A small model for each recipe that is not for a checkpoint.
 SMALL_MODELS = {
+    "cifar10_deit_distilled": "deit_nano_distilled_patch2_8",
+    "cifar10_mae": "vit_nano_patch2_8",
+    "cifar10_pvt": "pvt_nano_8",
+    "cifar10_swin": "swin_nano_patch1_window4_8",
+    "cifar10_vit": "vit_nano_patch2_8",
     "deit": "vit_nano_patch2_8",
     "deit3": "vit_nano_patch2_8",
     "deit_distilled": "deit_nano_distilled_patch2_8",
+    "mae": "vit_nano_patch2_8",
     "pvt": "pvt_nano_8",
     "quickstart": "vit_nano_patch2_8",
+    "simmim": "swin_nano_patch1_window4_8",
     "swin": "swin_nano_patch1_window4_8",
     "vit": "vit_nano_patch2_8",
 }
+
+
+SCRIPTS = {"finetune": finetune, "pretrain": pretrain}
+
+
+def script_of(name: str) -> str:
+    """The one that the recipe's header names."""
+    header = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").split("\n\n")[0]
+    (script,) = re.findall(rf"-m trainers\.(\w+) --recipe {name}\b", header)
+    return script
 
 
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_recipe_parses_to_what_it_says(name):
     fields = read_recipe(name)
     needed = {"model": "vit_nano_patch2_8", "dataset": "digits"}
-    parsed = parse(
-        [f"--{field}={value}" for field, value in needed.items() if field not in fields] + ["--recipe", name]
-    )
+    argv = [f"--{field}={value}" for field, value in needed.items() if field not in fields] + ["--recipe", name]
+    parsed = parse(argv, [PretrainingArguments] if script_of(name) == "pretrain" else [])
     for field, value in fields.items():
         (holder,) = [arguments for arguments in parsed[:-1] if hasattr(arguments, field)]
         found = getattr(holder, field)
@@ -338,14 +357,19 @@ def test_every_recipe_parses_to_what_it_says(name):
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_recipe_makes_a_step(name, checkpoint, tmp_path, capsys):
     argv = ["--recipe", name, "--dataset", "digits", "--model", SMALL_MODELS.get(name, str(checkpoint))]
-    argv += ["--teacher", str(checkpoint)] if name == "deit_distilled" else []
+    argv += ["--teacher", str(checkpoint)] if "distilled" in name else []
+    argv += ["--validation_fraction", "0.2"] if read_recipe(name).get("validation_fraction") == 0 else []
     argv += ["--output_dir", str(tmp_path), "--image_size", "24", *SHORT, "--max_steps", "1"]
+    # What fits 224 pixels hides all of 24, and a window of 6 is no divisor of theirs.
+    argv += ["--config_overrides", "mask_patch_size=8"] if name == "simmim" else []
     before = capsys.readouterr()
-    finetune(argv)
+    script = script_of(name)
+    SCRIPTS[script](argv)
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     assert state["global_step"] == 1
-    assert state["log_history"][-1]["train_loss"] > 0
-    assert "3 held-out images through pipeline" in capsys.readouterr().out, before
+    assert state["log_history"][-1]["train_loss"] > 0 if script == "finetune" else state["log_history"]
+    said = "3 held-out images through pipeline" if script == "finetune" else "fine-tune it"
+    assert said in capsys.readouterr().out, before
 
 
 def test_a_learning_rate_for_256_images_is_scaled(tmp_path):

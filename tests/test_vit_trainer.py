@@ -1,6 +1,7 @@
 """The Trainer subclass: accumulation, averages, phases, resuming, teachers."""
 
 import math
+import os
 import re
 import subprocess
 import sys
@@ -57,6 +58,32 @@ def test_one_batch_and_accumulated_ones_end_in_the_same_weights(tmp_path):
     parts.train()
     torch.testing.assert_close(weights(parts), weights(whole), rtol=0, atol=2e-6)
     assert (weights(whole) - weights(make_trainer(tmp_path / "none"))).abs().max() > 1e-4
+
+
+TWO_RANKS = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_vit_trainer import make_trainer
+options = {{"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}}
+trainer = make_trainer({folder!r}, optimizer="sgd", ema_decay=0.9, **options)
+trainer.train()
+trainer.save_model()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_end_in_the_same_weights_as_one(tmp_path):
+    script = tmp_path / "two_ranks.py"
+    script.write_text(TWO_RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "two")))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([*launcher, str(script)], env=environment, check=True, capture_output=True, timeout=120)
+    one = make_trainer(tmp_path / "one", optimizer="sgd", ema_decay=0.9)
+    one.train()
+    one.save_model()
+    weights_of_one, weights_of_two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, tensor in weights_of_one.items():
+        torch.testing.assert_close(weights_of_two[name], tensor, rtol=0, atol=2e-6)
 
 
 def test_the_loss_that_is_logged_is_a_mean_over_images(tmp_path):

@@ -415,7 +415,9 @@ def parse_arguments(
 def suggest(name: str, names: Iterable[str]) -> str:
     """What somebody who typed `name` may have meant, as the end of a message."""
     names = list(names)
-    near = [longer for longer in names if longer.startswith(name)] or difflib.get_close_matches(name, names, n=1)
+    near = [longer for longer in names if longer.startswith(name)] or difflib.get_close_matches(
+        name, names, n=1, cutoff=0.75
+    )
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

@@ -19,9 +19,14 @@ from trainers.arguments import AugmentationArguments
 
 
 class Crop:
-    """Images of any size -> one batch of 8-bit pixels (B, C, H, W): a random part of each, or all of it."""
+    """Images of any size -> one batch of 8-bit pixels (B, C, H, W): a random part of each, or all of it.
+
+    Raises:
+        ValueError: as `Augmentation` does.
+    """
 
     def __init__(self, arguments: AugmentationArguments, size: tuple[int, int]):
+        check_arguments(arguments)
         interpolation = v2.InterpolationMode(arguments.interpolation)
         self.size, self.is_random = size, arguments.min_crop is not None
         if self.is_random:
@@ -86,6 +91,8 @@ def check_arguments(arguments: AugmentationArguments) -> None:
         raise ValueError(f"rotation={arguments.rotation} must lie between 0 and 180 degrees")
     if arguments.crop_padding < 0:
         raise ValueError(f"crop_padding={arguments.crop_padding} must be at least 0")
+    if arguments.interpolation not in ("bilinear", "bicubic"):
+        raise ValueError(f"interpolation={arguments.interpolation!r} must be bilinear or bicubic")
     if arguments.min_crop is not None and not 0 < arguments.min_crop <= 1:
         raise ValueError(f"min_crop={arguments.min_crop} must lie between 0 and 1")
     if arguments.zoom == 1:

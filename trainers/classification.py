@@ -2,36 +2,30 @@
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, pipeline, set_seed
-from transformers.trainer_utils import IntervalStrategy
+from transformers import pipeline, set_seed
 
 from model_cards.card import METRIC_TITLES, TrainingRun, write_card
-from model_cards.environment import describe_hardware, library_versions
-from modeling_vit_custom import list_presets
 from trainers.arguments import (
     AugmentationArguments,
     LossArguments,
-    TrainingArguments,
     TrainingCommand,
     report_user_errors,
     write_recipe,
 )
 from trainers.augmentation import Augmentation, Crop
 from trainers.data import (
-    BUILT_IN_TITLES,
     LABEL,
     TEST,
     TRAIN,
     VALIDATION,
-    Splits,
     collate,
     label_names,
-    load_splits,
     processor_transform,
     sample_images,
     training_images,
@@ -41,7 +35,7 @@ from trainers.losses import Criterion, effective_number_weights, logit_adjustmen
 from trainers.metrics import compute_metrics, count_confusions
 from trainers.mixing import Mixing
 from trainers.models import make_model, read_processor
-from trainers.runs import check_output_dir, format_command, train
+from trainers.runs import check_output_dir, describe, gather_facts, load_training_splits, train
 from trainers.sampling import ClassBalancedSampler, RepeatedAugmentationSampler
 from trainers.teachers import Teacher
 from trainers.vit_trainer import ViTTrainer
@@ -57,13 +51,7 @@ def train_classifier(command: TrainingCommand) -> None:
     with report_user_errors(command.program):
         check_output_dir(training_args)
         set_seed(training_args.seed)
-        if command.data.streaming:
-            check_streaming(command.augmentation, command.loss, training_args)
-        splits = load_splits(command.data, training_args.seed)
-        if not command.data.streaming:
-            check_batch_size(training_args, len(splits[TRAIN]))
-        if VALIDATION not in splits:
-            train_without_validation(training_args)
+        splits = load_training_splits(command)
         model, processor = make_model(command.model, label_names(splits))
         size, mean, std = read_processor(processor)
         crop, augmentation = Crop(command.augmentation, size), Augmentation(command.augmentation, mean, std)
@@ -110,30 +98,15 @@ def train_classifier(command: TrainingCommand) -> None:
 
     output_dir = Path(training_args.output_dir)
     results = {name.removeprefix(f"{reported}_"): value for name, value in predictions[reported].metrics.items()}
-    from_scratch = command.model.model in list_presets()
-    dataset = command.data.dataset
     run = TrainingRun(
-        name=training_args.hub_model_id or output_dir.resolve().name,
-        model_type=model.config.model_type,
-        preset=command.model.model if from_scratch else None,
+        **gather_facts(command, trainer, size, wall_time),
         num_parameters=model.num_parameters(),
-        image_size=size,
         label_names=label_names(splits),
-        base_model=None if from_scratch else command.model.model,
-        from_scratch=from_scratch,
-        dataset=None if dataset in BUILT_IN_TITLES else dataset,
-        dataset_title=BUILT_IN_TITLES.get(dataset),
         split_sizes=({} if command.data.streaming else {TRAIN: len(labels)})
         | {name: len(prediction.label_ids) for name, prediction in predictions.items()},
         evaluation_split=reported,
         results={name: results[name] for name in METRIC_TITLES if name in results},
         confusion_matrix=count_confusions(predictions[reported].predictions, predictions[reported].label_ids),
-        log_history=trainer.state.log_history,
-        command=format_command(command.program, command.argv),
-        seed=training_args.seed,
-        versions=library_versions(),
-        hardware=describe_hardware(),
-        wall_time=wall_time,
     )
     write_card(output_dir, run)
     write_recipe(output_dir / "recipe.yaml", command.given)
@@ -166,67 +139,20 @@ def make_criterion(arguments: LossArguments, counts: torch.Tensor) -> Criterion:
 
 
 def make_sampler(
-    arguments: AugmentationArguments, loss_arguments: LossArguments, labels: list[int], seed: int
+    arguments: AugmentationArguments, loss_arguments: LossArguments, labels: Sequence[int], seed: int
 ) -> Sampler | None:
-    """The order of the training images; none for a random permutation."""
+    """The order of the training images; none for a random permutation.
+
+    Raises:
+        ValueError: if images are to be seen less than once.
+    """
     if loss_arguments.class_balanced_sampling:
         return ClassBalancedSampler(labels, seed)
+    if arguments.repeated_augmentation < 1:
+        raise ValueError(f"repeated_augmentation={arguments.repeated_augmentation} must be at least 1")
     if arguments.repeated_augmentation > 1:
         return RepeatedAugmentationSampler(len(labels), arguments.repeated_augmentation, seed)
     return None
-
-
-def check_batch_size(training_args: TrainingArguments, num_images: int) -> None:
-    """Raises ValueError if a step would need more images than there are."""
-    size, devices = training_args.per_device_train_batch_size, training_args.world_size
-    if size * devices > num_images:
-        raise ValueError(
-            f"per_device_train_batch_size={size} on {devices} device(s) is more than the {num_images:,} training "
-            f"images: choose at most {num_images // devices}"
-        )
-
-
-def check_streaming(
-    augmentation_args: AugmentationArguments, loss_args: LossArguments, training_args: TrainingArguments
-) -> None:
-    """Raises ValueError for what must know the number of training images or their labels beforehand."""
-    if training_args.max_steps <= 0:
-        raise ValueError("--streaming true needs --max_steps: a stream does not say how long it is")
-    needing = {
-        "repeated_augmentation": augmentation_args.repeated_augmentation > 1,
-        "class_balanced_sampling": loss_args.class_balanced_sampling,
-        "class_weight_beta": loss_args.class_weight_beta,
-        "logit_adjustment": loss_args.logit_adjustment,
-        "unmixed_epochs": training_args.unmixed_epochs,
-        "unmasked_epochs": training_args.unmasked_epochs,
-    }
-    refused = [name for name, value in needing.items() if value]
-    if refused:
-        raise ValueError(f"--{refused[0]} must know all training images beforehand: not with --streaming true")
-
-
-def train_without_validation(training_args: TrainingArguments) -> None:
-    """Nothing is evaluated before the end.
-
-    Raises:
-        ValueError: if the best checkpoint was asked for.
-    """
-    if training_args.load_best_model_at_end:
-        raise ValueError("--load_best_model_at_end true needs a validation split to tell which model is best")
-    training_args.eval_strategy = IntervalStrategy.NO
-
-
-def describe(name: str, model: PreTrainedModel, splits: Splits, training_args: TrainingArguments) -> str:
-    """Two lines on what is about to happen; `name` says of which model."""
-    sizes = ", ".join(
-        f"{len(split):,} {split_name}" if isinstance(split, Dataset) else f"streamed {split_name}"
-        for split_name, split in splits.items()
-    )
-    steps, epochs = training_args.max_steps, training_args.num_train_epochs
-    length = f"{steps:,} steps" if steps > 0 else f"{epochs:g} epochs"
-    trained = model.num_parameters(only_trainable=True)
-    of_them = "" if trained == model.num_parameters() else f" ({trained:,} of them trained)"
-    return f"{name}: {model.num_parameters():,} parameters{of_them}\n{sizes} images; {length} on {describe_hardware()}"
 
 
 def show_predictions(

@@ -41,7 +41,7 @@ IMAGES_OF_STREAM = 32  # decoded at once
 Splits = DatasetDict | IterableDatasetDict
 
 
-def load_splits(arguments: DataArguments, seed: int = 0) -> Splits:
+def load_splits(arguments: DataArguments, seed: int = 0, needs_labels: bool = True) -> Splits:
     """Splits `train`, `validation` and `test`, each with a column `image` and a `ClassLabel` column `label`.
 
     Where there is no validation split, a stratified share of train is held out, or none is made if that share is 0.
@@ -49,13 +49,19 @@ def load_splits(arguments: DataArguments, seed: int = 0) -> Splits:
 
     With `streaming` the splits are read as they come, train in an order that `seed` decides.
 
+    Where labels are not needed, images without classes do as well: there is no column `label` then, nor in a stream.
+
     Raises:
         ValueError: naming what is wrong with the data set: no images or broken ones, one class only, labels that are
             no classes, classes without images, no split to evaluate on, nothing that can be streamed.
     """
-    splits = _name_columns(_name_splits(_load(arguments), arguments.dataset), arguments)
+    splits = _name_columns(_name_splits(_load(arguments, needs_labels), arguments.dataset), arguments, needs_labels)
     if arguments.streaming:
         return _prepare_streams(splits, arguments, seed)
+    if not needs_labels:
+        splits = _make_class_labels(splits, arguments) if _has_classes(splits) else splits.select_columns(IMAGE)
+        splits = _check_images(splits, arguments)
+        return splits if VALIDATION in splits else _hold_out_images(splits, arguments)
     splits = _make_class_labels(splits, arguments)
     if TEST in splits and len(splits[TEST]) and all(map(_is_missing, splits[TEST][LABEL])):
         print(f"The {len(splits[TEST]):,} images of the test split have no labels: it is left out.")
@@ -96,7 +102,7 @@ class ImagesInMemory(torch.utils.data.Dataset):
     """All images of a split, decoded and cropped once. A data loader gets its batches whole, not row by row."""
 
     def __init__(self, split: Dataset, crop: Crop, augmentation: Augmentation | None = None):
-        self.labels = torch.tensor(split[LABEL][:])
+        self.labels = torch.tensor(split[LABEL][:]) if LABEL in split.features else None
         self.pixels = torch.empty(len(split), 3, *crop.size, dtype=torch.uint8)
         self.augmentation = augmentation
         cropped = _map_images(lambda image: crop([decode(image)])[0], split, "Decoding train images")
@@ -104,7 +110,7 @@ class ImagesInMemory(torch.utils.data.Dataset):
             self.pixels[row] = pixels
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.pixels)
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         return {name: values[0] for name, values in self.__getitems__([row]).items()}
@@ -114,7 +120,7 @@ class ImagesInMemory(torch.utils.data.Dataset):
         pixels = self.pixels[rows]
         if self.augmentation is not None:
             pixels = self.augmentation(pixels)
-        return {"pixel_values": pixels, "labels": self.labels[rows]}
+        return {"pixel_values": pixels} | ({} if self.labels is None else {"labels": self.labels[rows]})
 
 
 def collate(rows: list[dict] | dict[str, Tensor]) -> dict[str, Tensor]:
@@ -134,26 +140,28 @@ def with_transform(
     encoded = dataset.cast_column(IMAGE, Image(decode=False))
     if isinstance(dataset, Dataset):
         return encoded.with_transform(partial(_make_batch, transform=transform))
-    read = _StreamReader(transform, dataset.features[LABEL].num_classes, on_corrupt)
-    return encoded.map(read, batched=True, batch_size=IMAGES_OF_STREAM, remove_columns=[IMAGE, LABEL])
+    num_classes = dataset.features[LABEL].num_classes if LABEL in dataset.features else None
+    read = _StreamReader(transform, num_classes, on_corrupt)
+    return encoded.map(read, batched=True, batch_size=IMAGES_OF_STREAM, remove_columns=list(dataset.features))
 
 
 def _make_batch(batch: dict, transform: Callable) -> dict:
-    return {"pixel_values": transform([decode(image) for image in batch[IMAGE]]), "labels": batch[LABEL]}
+    labels = {"labels": batch[LABEL]} if LABEL in batch else {}
+    return {"pixel_values": transform([decode(image) for image in batch[IMAGE]])} | labels
 
 
 class _StreamReader:
     """Rows of a stream to what `_make_batch` makes of them, checked as they come."""
 
-    def __init__(self, transform: Callable, num_classes: int, on_corrupt: str):
+    def __init__(self, transform: Callable, num_classes: int | None, on_corrupt: str):
         self.transform, self.num_classes, self.on_corrupt = transform, num_classes, on_corrupt
         self.skipped = set()
 
     def __call__(self, batch: dict) -> dict:
         images, labels = [], []
-        for encoded, label in zip(batch[IMAGE], batch[LABEL]):
+        for encoded, label in zip(batch[IMAGE], batch.get(LABEL, [None] * len(batch[IMAGE]))):
             name = (encoded or {}).get("path") or f"without a name, of label {label}"
-            if label is None or not 0 <= label < self.num_classes:
+            if self.num_classes is not None and (label is None or not 0 <= label < self.num_classes):
                 raise ValueError(f"image {name} of the stream has label {label}, outside 0..{self.num_classes - 1}")
             try:
                 images.append(decode(encoded))
@@ -165,7 +173,8 @@ class _StreamReader:
                     self.skipped.add(name)
             else:
                 labels.append(label)
-        return {"pixel_values": self.transform(images) if images else [], "labels": labels}
+        pixels = {"pixel_values": self.transform(images) if images else []}
+        return pixels if self.num_classes is None else pixels | {"labels": labels}
 
 
 def sample_images(split: Dataset | IterableDataset, count: int) -> list[tuple[PIL.Image.Image, int]]:
@@ -212,7 +221,7 @@ def load_digits() -> DatasetDict:
     return DatasetDict({TRAIN: Dataset.from_dict(rows, features=features)})
 
 
-def _load(arguments: DataArguments) -> Splits:
+def _load(arguments: DataArguments, needs_labels: bool) -> Splits:
     name = arguments.dataset
     if arguments.dataset_config is not None and (name in BUILT_IN_TITLES or Path(name).exists()):
         raise ValueError(f"--dataset_config {arguments.dataset_config!r} is for data sets on the Hub, not for {name!r}")
@@ -222,7 +231,7 @@ def _load(arguments: DataArguments) -> Splits:
         return load_digits()
     folder = Path(name)
     if folder.is_dir():
-        loaded = _load_folder(folder, arguments.streaming)
+        loaded = _load_folder(folder, arguments.streaming, needs_labels)
     elif folder.exists():
         raise ValueError(f"dataset {name!r} is a file: give its folder")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -239,7 +248,7 @@ def _load(arguments: DataArguments) -> Splits:
     return loaded
 
 
-def _load_folder(folder: Path, streaming: bool) -> Splits:
+def _load_folder(folder: Path, streaming: bool, needs_labels: bool) -> Splits:
     shards = _find_shards(folder)
     try:
         if any(folder.rglob("*.parquet")):
@@ -258,7 +267,7 @@ def _load_folder(folder: Path, streaming: bool) -> Splits:
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
         hint = " (.cls files hold numbers; names belong in .txt files, with --label_column txt)" if shards else ""
         raise ValueError(f"cannot load folder {str(folder)!r}: {' '.join(str(reason).split())}{hint}") from error
-    return _read_image_folder(folder)
+    return _read_image_folder(folder, needs_labels)
 
 
 def _find_shards(folder: Path) -> dict[str, list[str]]:
@@ -278,8 +287,8 @@ def _find_shards(folder: Path) -> dict[str, list[str]]:
     return {split: shards[split] for split in sorted(shards, key=lambda split: split == TRAIN)}
 
 
-def _read_image_folder(folder: Path) -> DatasetDict:
-    """`class/**/image.jpg`, or the same below `train`, `val` and `test`.
+def _read_image_folder(folder: Path, needs_labels: bool) -> DatasetDict:
+    """`class/**/image.jpg`, or the same below `train`, `val` and `test`; without labels also `image.jpg`.
 
     The library's own reader takes the innermost folder for the class, and finds a test split in `train/test_tube/`.
     """
@@ -294,6 +303,12 @@ def _read_image_folder(folder: Path) -> DatasetDict:
     if found and TRAIN not in found:
         raise ValueError(f"folder {str(folder)!r} has splits {', '.join(found)} but no {TRAIN!r}")
     files = {split: _read_classes(root) for split, root in (found or {TRAIN: folder}).items()}
+    if not needs_labels and None in files[TRAIN] and files[TRAIN][None]:
+        features = datasets.Features({IMAGE: Image()})
+        paths = {
+            split: [str(path) for paths in by_class.values() for path in paths] for split, by_class in files.items()
+        }
+        return DatasetDict({split: Dataset.from_dict({IMAGE: paths[split]}, features=features) for split in files})
     names = sorted(files[TRAIN].keys() - {None})
     if not names:
         raise ValueError(
@@ -388,7 +403,7 @@ def _name_splits(splits: Splits, name: str) -> Splits:
     return type(splits)({key: splits[key] for key in (TRAIN, VALIDATION, TEST) if key in splits})
 
 
-def _name_columns(splits: Splits, arguments: DataArguments) -> Splits:
+def _name_columns(splits: Splits, arguments: DataArguments, needs_labels: bool) -> Splits:
     features = splits[TRAIN].features
     if features is None:
         raise ValueError(f"the columns of {arguments.dataset!r} are not known before it is read: it cannot be streamed")
@@ -396,6 +411,9 @@ def _name_columns(splits: Splits, arguments: DataArguments) -> Splits:
     image = _choose_column("image", arguments.image_column, images, features)
     labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     labels = labels or [name for name in LABEL_NAMES if name in features]
+    if not needs_labels and (arguments.streaming or (arguments.label_column is None and len(labels) != 1)):
+        splits = splits.select_columns(image)
+        return splits if image == IMAGE else splits.rename_column(image, IMAGE)
     label = _choose_column("label", arguments.label_column, labels, features)
     splits = splits.select_columns([image, label])
     renamed = {old: new for old, new in ((image, IMAGE), (label, LABEL)) if old != new}
@@ -411,8 +429,19 @@ def _choose_column(kind: str, wanted: str | None, found: list[str], features) ->
     return wanted or found[0]
 
 
+def _has_classes(splits: DatasetDict) -> bool:
+    """Whether there are labels, of two kinds at least and none missing in train."""
+    if LABEL not in splits[TRAIN].features:
+        return False
+    labels = splits[TRAIN].unique(LABEL)
+    return len(labels) > 1 and not any(map(_is_missing, labels))
+
+
 def _prepare_streams(splits: IterableDatasetDict, arguments: DataArguments, seed: int) -> IterableDatasetDict:
     name = arguments.dataset
+    if LABEL not in splits[TRAIN].features:
+        splits[TRAIN] = splits[TRAIN].shuffle(seed=seed, buffer_size=arguments.shuffle_buffer)
+        return splits
     if arguments.class_names is not None:
         splits = splits.cast_column(LABEL, ClassLabel(names=read_class_names(arguments.class_names)))
     if not isinstance(splits[TRAIN].features[LABEL], ClassLabel):
@@ -534,4 +563,15 @@ def _hold_out(splits: DatasetDict, arguments: DataArguments) -> DatasetDict:
         raise ValueError(
             f"{len(train)} images are too few to hold out a share of {fraction} of each class ({error})"
         ) from error
+    return DatasetDict({**splits, TRAIN: held_out["train"], VALIDATION: held_out["test"]})
+
+
+def _hold_out_images(splits: DatasetDict, arguments: DataArguments) -> DatasetDict:
+    """The same whatever the classes, or nothing if the share is 0."""
+    if arguments.validation_fraction == 0:
+        return splits
+    try:
+        held_out = splits[TRAIN].train_test_split(arguments.validation_fraction, seed=arguments.split_seed)
+    except ValueError as error:
+        raise ValueError(f"{len(splits[TRAIN])} images are too few to hold out some of them ({error})") from error
     return DatasetDict({**splits, TRAIN: held_out["train"], VALIDATION: held_out["test"]})

@@ -21,7 +21,7 @@ from trainers.arguments import (
 )
 from trainers.augmentation import Augmentation, Crop
 from trainers.classification import make_mixing
-from trainers.data import LABEL, TRAIN, load_splits, processor_transform, with_transform
+from trainers.data import TRAIN, load_splits, processor_transform, with_transform
 from trainers.image_ops import to_arrays
 from trainers.models import open_processor, read_processor
 
@@ -41,7 +41,7 @@ class GalleryArguments:
 
     gallery: str = field(default="gallery.png", metadata={"help": "File to write, .png, .jpg, .pdf or .svg."})
     gallery_images: int = field(default=6, metadata={"help": "Images to show, a row each."})
-    gallery_views: int = field(default=5, metadata={"help": "Augmented views of each image."})
+    gallery_views: int = field(default=4, metadata={"help": "Augmented views of each image."})
 
     def __post_init__(self):
         for name in ("gallery_images", "gallery_views"):
@@ -66,16 +66,19 @@ GROUPS = [
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     with report_user_errors("gallery"):
         arguments, model_args, data_args, augmentation_args, loss_args, pretraining_args, training_args, _ = (
             parse_arguments(GROUPS, argv, PROGRAM, __doc__, EXAMPLES)
         )
+        if data_args.streaming:
+            raise ValueError("--streaming true has no images to choose from: leave it out")
         set_seed(training_args.seed)
         processor = open_processor(model_args)
         size, mean, std = read_processor(processor)
         crop, augmentation = Crop(augmentation_args, size), Augmentation(augmentation_args, mean, std)
-        classifies = pretraining_args.objective == "supervised"
-        train = load_splits(data_args, needs_labels=classifies)[TRAIN]
+        data_args.validation_fraction = 0.0  # nothing is held out of what is only looked at
+        train = load_splits(data_args, needs_labels=False)[TRAIN]
         few = train.select(torch.randperm(len(train))[: arguments.gallery_images].tolist())
         whole = torch.stack([row["pixel_values"] for row in with_transform(few, processor_transform(processor))])
         # Each view is a batch of all the images, since they are mixed with one another.
@@ -84,14 +87,14 @@ def main(argv: list[str] | None = None) -> None:
             for _ in range(arguments.gallery_views)
         ]
         columns = {"image": whole} | {f"view {number}": view for number, view in enumerate(views, start=1)}
-        if classifies and (augmentation_args.mixup or augmentation_args.cutmix):
-            mixing = make_mixing(augmentation_args, loss_args, len(few.features[LABEL].names))
+        if pretraining_args.objective == "supervised" and (augmentation_args.mixup or augmentation_args.cutmix):
+            mixing = make_mixing(augmentation_args, loss_args, num_labels=1)
             for number, view in enumerate(views, start=1):
-                columns[f"view {number}, mixed"] = mixing(view, torch.tensor(few[LABEL]))[0]
+                columns[f"view {number}, mixed"], _ = mixing(view, torch.zeros(len(view), dtype=torch.long))
         rows = zip(*(to_arrays(pixels, mean, std) for pixels in columns.values()))
         plot_images(list(rows), list(columns)).savefig(arguments.gallery, dpi=150)
     print(f"{arguments.gallery}: {len(few)} images at {size[0]} x {size[1]} pixels")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -83,6 +83,8 @@ def _from_checkpoint(
     arguments: ModelArguments, overrides: dict, auto_class: type
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
     config, processor = _open_config(arguments)
+    if auto_class is not AutoModelForImageClassification and config.model_type != ViTCustomConfig.model_type:
+        raise ValueError(f"--model {arguments.model!r} is a {config.model_type}: only a vit_custom can be pretrained")
     unknown = sorted(key for key in overrides if not hasattr(config, key))
     if unknown:
         raise ValueError(f"--config_overrides: {arguments.model!r} has no field {unknown[0]!r}")

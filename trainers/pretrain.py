@@ -8,23 +8,15 @@ import shlex
 import sys
 from collections.abc import Collection
 from dataclasses import fields
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
-from datasets import Dataset
-from torchvision.transforms.v2 import Compose
-from transformers import (
-    AutoModelForMaskedImageModeling,
-    AutoModelForPreTraining,
-    BaseImageProcessor,
-    PreTrainedModel,
-    default_data_collator,
-    set_seed,
-)
+from datasets import Dataset, IterableDataset
+from transformers import AutoModelForMaskedImageModeling, AutoModelForPreTraining, PreTrainedModel, set_seed
 
 from model_cards.card import FEATURES, METRIC_TITLES, TrainingRun, write_card
-from model_cards.environment import describe_hardware, library_versions
-from modeling_vit_custom import ViTCustomConfig, list_presets
 from trainers.arguments import (
     AugmentationArguments,
     DataArguments,
@@ -38,13 +30,22 @@ from trainers.arguments import (
     write_recipe,
 )
 from trainers.augmentation import Augmentation, Crop
-from trainers.classification import check_batch_size, describe, train_classifier
-from trainers.data import BUILT_IN_TITLES, LABEL, TRAIN, VALIDATION, load_splits, processor_transform, with_transform
+from trainers.classification import make_sampler, train_classifier
+from trainers.data import (
+    LABEL,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    collate,
+    processor_transform,
+    training_images,
+    with_transform,
+)
 from trainers.image_ops import to_arrays
 from trainers.models import make_model, read_processor
 from trainers.probing import probe
 from trainers.reconstruction import reconstruct
-from trainers.runs import check_output_dir, format_command, train
+from trainers.runs import check_output_dir, describe, gather_facts, load_training_splits, train
 from trainers.vit_trainer import ViTTrainer
 
 
@@ -85,82 +86,78 @@ def train_encoder(command: TrainingCommand, arguments: PretrainingArguments) -> 
     Raises:
         SystemExit: with one line, where what was asked for cannot be done.
     """
-    training_args = command.training
+    training_args, streaming = command.training, command.data.streaming
     with report_user_errors(command.program):
         check_given(command.given, arguments.objective)
         check_output_dir(training_args)
         set_seed(training_args.seed)
-        splits = load_splits(command.data, needs_labels=False)
-        check_batch_size(training_args, len(splits[TRAIN]))
+        splits = load_training_splits(command, needs_labels=False)
         model, processor = make_model(command.model, auto_class=MASKED[arguments.objective])
-        if model.config.model_type != ViTCustomConfig.model_type:
-            raise ValueError(f"--model {command.model.model!r} is a {model.config.model_type}, not a vit_custom")
         size, mean, std = read_processor(processor)
         crop, augmentation = Crop(command.augmentation, size), Augmentation(command.augmentation, mean, std)
         on_device = command.augmentation.augment_on_device
+        train_dataset = training_images(
+            splits[TRAIN], crop, None if on_device else augmentation, on_corrupt=command.data.on_corrupt
+        )
+        evaluated = {
+            name: with_transform(split, processor_transform(processor), command.data.on_corrupt)
+            for name, split in splits.items()
+        }
+        # With all of train to learn from, the test images judge, or else train itself.
+        judging = next(name for name in (VALIDATION, TEST, TRAIN) if name in splits)
+        # Only their number counts here.
+        labels = [] if streaming else range(len(splits[TRAIN]))
         # The loss is the model's own, of the images alone, and its reconstructions need not be collected.
         training_args.label_names, training_args.prediction_loss_only = ["pixel_values"], True
         trainer = ViTTrainer(
             model=model,
             args=training_args,
-            data_collator=default_data_collator,
-            train_dataset=with_transform(splits[TRAIN], crop if on_device else Compose([crop, augmentation])),
-            eval_dataset=with_transform(splits[VALIDATION], processor_transform(processor)),
+            data_collator=collate,
+            train_dataset=train_dataset,
+            eval_dataset=evaluated[judging],
             processing_class=processor,
             augmentation=augmentation if on_device else None,
+            sampler=make_sampler(command.augmentation, command.loss, labels, training_args.seed),
         )
     print(describe(f"{command.model.model}, {arguments.objective}", model, splits, training_args))
     trained, wall_time = train(trainer, command.program)
     trainer.save_metrics(TRAIN, trained.metrics)
     trainer.save_state()
-    metrics = trainer.evaluate(metric_key_prefix=VALIDATION)
+    metrics = trainer.evaluate(metric_key_prefix=judging)
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return
 
     # From here on with what was saved, which may be the averaged weights.
     model = type(model).from_pretrained(training_args.output_dir).to(training_args.device)
-    results = {"loss": metrics[f"{VALIDATION}_loss"]}
-    if LABEL in splits[TRAIN].features and arguments.probe_images:
+    results = {"loss": metrics[f"{judging}_loss"]}
+    if not streaming and LABEL in splits[TRAIN].features and judging != TRAIN and arguments.probe_images:
         results |= probe(
             model,
-            *(with_transform(splits[name], processor_transform(processor)) for name in (TRAIN, VALIDATION)),
+            evaluated[TRAIN],
+            evaluated[judging],
             batch_size=training_args.per_device_eval_batch_size,
             device=training_args.device,
             max_images=arguments.probe_images,
             seed=training_args.seed,
         )
-    trainer.save_metrics(VALIDATION, metrics | {f"{VALIDATION}_{name}": value for name, value in results.items()})
+    trainer.save_metrics(judging, metrics | {f"{judging}_{name}": value for name, value in results.items()})
 
     output_dir = Path(training_args.output_dir)
-    from_scratch = command.model.model in list_presets()
-    dataset = command.data.dataset
     run = TrainingRun(
-        name=training_args.hub_model_id or output_dir.resolve().name,
+        **gather_facts(command, trainer, size, wall_time),
         task=FEATURES,
-        preset=command.model.model if from_scratch else None,
         num_parameters=model.base_model.num_parameters(),
-        image_size=size,
-        base_model=None if from_scratch else command.model.model,
-        from_scratch=from_scratch,
-        dataset=None if dataset in BUILT_IN_TITLES else dataset,
-        dataset_title=BUILT_IN_TITLES.get(dataset),
-        split_sizes={name: len(split) for name, split in splits.items()},
-        evaluation_split=VALIDATION,
+        split_sizes={} if streaming else {name: len(split) for name, split in splits.items()},
+        evaluation_split=judging,
         results=results,
-        reconstructions=show_reconstructions(model, splits[VALIDATION], processor),
-        log_history=trainer.state.log_history,
-        command=format_command(command.program, command.argv),
-        seed=training_args.seed,
-        versions=library_versions(),
-        hardware=describe_hardware(),
-        wall_time=wall_time,
+        reconstructions=show_reconstructions(model, evaluated[judging], mean, std),
     )
     write_card(output_dir, run)
     write_recipe(output_dir / "recipe.yaml", command.given)
     judged = "".join(f", {METRIC_TITLES[name]} {value:.2%}" for name, value in results.items() if name != "loss")
     print(
-        f"\n{VALIDATION} loss {results['loss']:.4f}{judged} after {wall_time:.0f} s of training; "
+        f"\n{judging} loss {results['loss']:.4f}{judged} after {wall_time:.0f} s of training; "
         f"saved to {output_dir}\n\nNext:\n"
         f"  read the card and the figures   {output_dir / 'README.md'}\n"
         f"  fine-tune it                    python -m trainers.finetune --recipe mae_finetune "
@@ -175,7 +172,6 @@ def check_given(given: Collection[str], objective: str) -> None:
         "cutmix",
         "mix_probability",
         "mix_switch_probability",
-        "repeated_augmentation",
         "unmixed_epochs",
         "freeze_encoder",
         "lora_rank",
@@ -185,14 +181,14 @@ def check_given(given: Collection[str], objective: str) -> None:
             raise ValueError(f"--{name} means nothing for --objective {objective}: leave it out")
 
 
-def show_reconstructions(model: PreTrainedModel, dataset: Dataset, processor: BaseImageProcessor) -> list:
+def show_reconstructions(
+    model: PreTrainedModel, dataset: Dataset | IterableDataset, mean: list[float], std: list[float]
+) -> list[tuple[np.ndarray, ...]]:
     """Rows of a few images as 8-bit arrays: whole, masked and reconstructed."""
-    few = with_transform(dataset.select(range(min(NUM_RECONSTRUCTIONS, len(dataset)))), processor_transform(processor))
-    pixels = torch.stack([row["pixel_values"] for row in few]).to(model.device)
-    mask, reconstructed = reconstruct(model.eval(), pixels)
+    pixels = torch.stack([torch.as_tensor(row["pixel_values"]) for row in islice(dataset, NUM_RECONSTRUCTIONS)])
+    mask, reconstructed = reconstruct(model.eval(), pixels.to(model.device))
     # The mean colour where nothing was seen.
-    columns = (pixels, pixels.masked_fill(mask, 0.0), reconstructed)
-    _, mean, std = read_processor(processor)
+    columns = (pixels, pixels.masked_fill(mask.cpu(), 0.0), reconstructed)
     return list(zip(*(to_arrays(column, mean, std) for column in columns)))
 
 

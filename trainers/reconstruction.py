@@ -11,7 +11,7 @@ from modeling_vit_custom.modeling_vit_custom import count_patches, patchify
 def reconstruct(
     model: ViTCustomForPreTraining | ViTCustomForMaskedImageModeling, pixels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Normalised pixels (B, C, H, W) -> the masked pixels (B, 1, H, W), and the images with these reconstructed."""
+    """Normalised pixels (B, C, H, W) -> the mask of hidden pixels, and the images with these reconstructed."""
     if isinstance(model, ViTCustomForPreTraining):
         outputs = model(pixels)
         patches = outputs.logits.float()
@@ -19,14 +19,15 @@ def reconstruct(
             # The loss asks for patches of mean 0 and deviation 1: give each back what it had.
             variance, mean = torch.var_mean(patchify(pixels.float(), model.patch_size), dim=-1, keepdim=True)
             patches = patches * (variance + 1e-6).sqrt() + mean
-        mask = outputs.mask[:, :, None].expand(-1, -1, model.patch_size**2)
+        mask = outputs.mask[:, :, None].expand_as(patches)
         reconstruction, mask = (_unpatchify(each, pixels, model.patch_size) for each in (patches, mask))
     else:
         mask = model.make_mask(pixels)
         reconstruction = model(pixels, bool_masked_pos=mask).reconstruction.float()
         mask = mask[:, None].repeat_interleave(model.patch_size, 2).repeat_interleave(model.patch_size, 3)
         mask = mask[:, :, : pixels.shape[2], : pixels.shape[3]]
-    return mask.bool(), torch.where(mask.bool(), reconstruction, pixels)
+    mask = mask.bool().expand_as(pixels)
+    return mask, torch.where(mask, reconstruction, pixels)
 
 
 def _unpatchify(patches: Tensor, pixels: Tensor, patch_size: int) -> Tensor:

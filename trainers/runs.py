@@ -1,4 +1,4 @@
-"""Runs: their folders, and what may end them before their time."""
+"""Training runs of any kind: their folders and data, what may end them before their time, and facts about them."""
 
 import shlex
 import sys
@@ -7,10 +7,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import TrainerState
-from transformers.trainer_utils import TrainOutput
+from datasets import Dataset
+from transformers import PreTrainedModel, TrainerState
+from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
-from trainers.arguments import TrainingArguments
+from model_cards.environment import describe_hardware, library_versions
+from modeling_vit_custom import list_presets
+from trainers.arguments import AugmentationArguments, LossArguments, TrainingArguments, TrainingCommand
+from trainers.data import BUILT_IN_TITLES, TRAIN, VALIDATION, Splits, load_splits
 from trainers.vit_trainer import CheckpointNotWrittenError, TrainingDivergedError, ViTTrainer
 
 
@@ -56,6 +60,76 @@ def check_output_dir(training_args: TrainingArguments) -> None:
         raise ValueError(f"output_dir {str(folder)!r} cannot be written to: {error.strerror}") from error
 
 
+def load_training_splits(command: TrainingCommand, needs_labels: bool = True) -> Splits:
+    """See `trainers.data.load_splits`; the training arguments fit what comes back.
+
+    Raises:
+        ValueError: if they cannot, or something is wrong with the data set.
+    """
+    training_args = command.training
+    if command.data.streaming:
+        check_streaming(command.augmentation, command.loss, training_args)
+    splits = load_splits(command.data, training_args.seed, needs_labels)
+    if not command.data.streaming:
+        check_batch_size(training_args, len(splits[TRAIN]))
+    if VALIDATION not in splits:
+        train_without_validation(training_args)
+    return splits
+
+
+def check_streaming(
+    augmentation_args: AugmentationArguments, loss_args: LossArguments, training_args: TrainingArguments
+) -> None:
+    """Raises ValueError for what must know the number of training images or their labels beforehand."""
+    if training_args.max_steps <= 0:
+        raise ValueError("--streaming true needs --max_steps: a stream does not say how long it is")
+    needing = {
+        "repeated_augmentation": augmentation_args.repeated_augmentation > 1,
+        "class_balanced_sampling": loss_args.class_balanced_sampling,
+        "class_weight_beta": loss_args.class_weight_beta,
+        "logit_adjustment": loss_args.logit_adjustment,
+        "unmixed_epochs": training_args.unmixed_epochs,
+        "unmasked_epochs": training_args.unmasked_epochs,
+    }
+    refused = [name for name, value in needing.items() if value]
+    if refused:
+        raise ValueError(f"--{refused[0]} must know all training images beforehand: not with --streaming true")
+
+
+def check_batch_size(training_args: TrainingArguments, num_images: int) -> None:
+    """Raises ValueError if a step would need more images than there are."""
+    size, devices = training_args.per_device_train_batch_size, training_args.world_size
+    if size * devices > num_images:
+        raise ValueError(
+            f"per_device_train_batch_size={size} on {devices} device(s) is more than the {num_images:,} training "
+            f"images: choose at most {num_images // devices}"
+        )
+
+
+def train_without_validation(training_args: TrainingArguments) -> None:
+    """Nothing is evaluated before the end.
+
+    Raises:
+        ValueError: if the best checkpoint was asked for.
+    """
+    if training_args.load_best_model_at_end:
+        raise ValueError("--load_best_model_at_end true needs a validation split to tell which model is best")
+    training_args.eval_strategy = IntervalStrategy.NO
+
+
+def describe(name: str, model: PreTrainedModel, splits: Splits, training_args: TrainingArguments) -> str:
+    """Two lines on what is about to happen; `name` says of which model."""
+    sizes = ", ".join(
+        f"{len(split):,} {split_name}" if isinstance(split, Dataset) else f"streamed {split_name}"
+        for split_name, split in splits.items()
+    )
+    steps, epochs = training_args.max_steps, training_args.num_train_epochs
+    length = f"{steps:,} steps" if steps > 0 else f"{epochs:g} epochs"
+    trained = model.num_parameters(only_trainable=True)
+    of_them = "" if trained == model.num_parameters() else f" ({trained:,} of them trained)"
+    return f"{name}: {model.num_parameters():,} parameters{of_them}\n{sizes} images; {length} on {describe_hardware()}"
+
+
 def train(trainer: ViTTrainer, program: str) -> tuple[TrainOutput, float]:
     """What the Trainer reports, and the wall time in seconds; a run that cannot go on ends in one line.
 
@@ -87,6 +161,28 @@ def last_checkpoint(folder: str | Path) -> str | None:
     """The newest checkpoint that was written to its end."""
     states = Path(folder).glob("checkpoint-*/trainer_state.json")
     return max((str(state.parent) for state in states), key=lambda path: int(path.rpartition("-")[2]), default=None)
+
+
+def gather_facts(command: TrainingCommand, trainer: ViTTrainer, size: tuple[int, int], wall_time: float) -> dict:
+    """What a card says of any run, as fields of `TrainingRun`."""
+    dataset, model = command.data.dataset, command.model.model
+    from_scratch = model in list_presets()
+    return {
+        "name": trainer.args.hub_model_id or Path(trainer.args.output_dir).resolve().name,
+        "model_type": trainer.model.config.model_type,
+        "preset": model if from_scratch else None,
+        "image_size": size,
+        "base_model": None if from_scratch else model,
+        "from_scratch": from_scratch,
+        "dataset": None if dataset in BUILT_IN_TITLES else dataset,
+        "dataset_title": BUILT_IN_TITLES.get(dataset),
+        "log_history": trainer.state.log_history,
+        "command": format_command(command.program, command.argv),
+        "seed": trainer.args.seed,
+        "versions": library_versions(),
+        "hardware": describe_hardware(),
+        "wall_time": wall_time,
+    }
 
 
 def format_command(program: str, argv: Sequence[str]) -> str:
