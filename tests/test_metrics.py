@@ -139,7 +139,7 @@ def test_the_trainer_gets_single_numbers():
         "top5_accuracy",
     }
     # Each has a row in the model card.
-    assert {*computed, "loss"} == METRIC_TITLES.keys()
+    assert {*computed, "loss"} <= METRIC_TITLES.keys()
     for name, value in computed.items():
         assert type(value) is float
         assert value == METRICS[name](LOGITS, LABELS)

@@ -228,7 +228,7 @@ except CheckpointNotWrittenError as error:
 """
 
 
-@pytest.mark.parametrize("limit", [1000, 100_000])
+@pytest.mark.parametrize("limit", [1000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_a_full_disk_leaves_whole_checkpoints_only(tmp_path, limit):
     code = FULL_DISK.format(tests=str(Path(__file__).parent), folder=str(tmp_path), limit=limit)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
