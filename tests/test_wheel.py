@@ -14,7 +14,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"model_cards", "modeling_vit_custom", "trainers"}
-RUN = ["-m", "trainers.finetune", "--recipe", "quickstart", "--max_steps", "2", "--disable_tqdm", "true"]
+SHORT = ["--max_steps", "2", "--disable_tqdm", "true", "--probe_images", "50"]
+SMALL = ["--dataset", "digits", "--model", "vit_nano_patch2_8", "--per_device_train_batch_size", "8"]
+COMMANDS = {
+    "3 held-out images through pipeline": ["-m", "trainers.finetune", "--recipe", "quickstart", *SHORT[:4]],
+    "fine-tune it": ["-m", "trainers.pretrain", "--recipe", "cifar10_mae", *SMALL, *SHORT],
+    "gallery.png: 6 images": ["-m", "trainers.gallery", "--recipe", "quickstart"],
+    "{'macro_f1': 1.0}": [
+        "-c",
+        "from trainers.metrics import load_metric; "
+        "print(load_metric('macro_f1').compute(predictions=[[1, 0], [0, 1]], references=[0, 1]))",
+    ],
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +49,9 @@ def test_it_holds_the_packages_and_their_data(wheel):
         names = archive.namelist()
     packages = {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")}
     assert packages == PACKAGES
-    assert {"model_cards/template.md", "trainers/recipes/quickstart.yaml"} <= set(names)
+    recipes = {f"trainers/recipes/{path.name}" for path in (ROOT / "trainers" / "recipes").glob("*.yaml")}
+    assert len(recipes) > 20
+    assert {"model_cards/template.md", *recipes} <= set(names)
     assert not [name for name in names if "test" in name or "__pycache__" in name]
 
 
@@ -60,7 +73,11 @@ def test_it_trains_in_an_environment_that_has_no_checkout(wheel, tmp_path):
         timeout=120,
     )
     assert where.stdout.strip() == str(site_packages / "trainers" / "__init__.py"), where.stderr
-    ended = subprocess.run([python, *RUN], cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr
-    assert "3 held-out images through pipeline" in ended.stdout
+    for expected, command in COMMANDS.items():
+        ended = subprocess.run(
+            [python, *command], cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=300
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert expected in ended.stdout
     assert (tmp_path / "runs" / "digits" / "modeling_vit_custom.py").is_file()
+    assert (tmp_path / "runs" / "cifar10_mae" / "reconstructions.png").is_file()

@@ -1,0 +1,72 @@
+"""What the README says is run: its commands on small data, its snippets as they stand."""
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_finetune import SHORT, checkpoint  # noqa: F401  (a fixture)
+
+from trainers.arguments import list_recipes
+from trainers.finetune import main as finetune
+from trainers.gallery import main as gallery
+from trainers.pretrain import main as pretrain
+
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+SCRIPTS = {"finetune": finetune, "pretrain": pretrain, "gallery": gallery}
+COMMANDS = re.findall(r"^\.venv/bin/python -m trainers\.(\w+) (--recipe .*)$", README, re.MULTILINE)
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def place(checkpoint, tmp_path, monkeypatch):  # noqa: F811
+    """A working directory where the README's paths lead somewhere."""
+    for name, colour in {"red": (255, 0, 0), "blue": (0, 0, 255)}.items():
+        (tmp_path / "path" / "to" / "images" / name).mkdir(parents=True)
+        for index in range(10):
+            Image.new("RGB", (20 + index, 12), colour).save(tmp_path / "path" / "to" / "images" / name / f"{index}.png")
+    Image.new("L", (8, 8), 99).save(tmp_path / "path" / "to" / "digit.png")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "digits").symlink_to(checkpoint)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_commands_of_every_script_are_shown():
+    assert {script for script, _ in COMMANDS} == SCRIPTS.keys()
+
+
+@pytest.mark.parametrize(("script", "line"), COMMANDS, ids=[script for script, _ in COMMANDS])
+def test_commands_run(script, line, place):
+    argv = shlex.split(line)
+    small = {"user/name": "runs/digits", "vit_small_patch16_224": "vit_nano_patch2_8"}
+    argv = [small.get(argument, argument) for argument in argv]
+    if "--model" not in argv:
+        argv += ["--model", "vit_nano_patch2_8"]
+    SCRIPTS[script]([*argv, *(["--bf16", "false", *SHORT] if script != "gallery" else [])])
+    made = {"finetune": "runs/mine/README.md", "pretrain": "runs/mae/README.md", "gallery": "gallery.png"}
+    assert (place / made[script]).is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_snippets_run(snippet, place):
+    # Without a network: random weights in place of those that would be fetched.
+    snippet = snippet.replace("pretrained=True", "pretrained=False")
+    fetched = r'ViTForImageClassification\.from_pretrained\("google/[^"]+"\)'
+    snippet = re.sub(fetched, "ViTForImageClassification(ViTForImageClassification.config_class())", snippet)
+    exec(compile(snippet, "README.md", "exec"), {"__name__": "snippet"})
+
+
+def test_every_recipe_is_in_the_table():
+    table = "".join(line for line in README.splitlines(keepends=True) if line.startswith("| `"))
+    assert sorted(re.findall(r"`(\w+)`", table)) == list_recipes()
+
+
+def test_links_lead_somewhere():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    assert links
+    assert all(os.path.exists(Path(__file__).parents[1] / link) for link in links)
