@@ -359,16 +359,19 @@ def test_every_recipe_makes_a_step(name, checkpoint, tmp_path, capsys):
     argv = ["--recipe", name, "--dataset", "digits", "--model", SMALL_MODELS.get(name, str(checkpoint))]
     argv += ["--teacher", str(checkpoint)] if "distilled" in name else []
     argv += ["--validation_fraction", "0.2"] if read_recipe(name).get("validation_fraction") == 0 else []
-    argv += ["--output_dir", str(tmp_path), "--image_size", "24", *SHORT, "--max_steps", "1"]
-    # What fits 224 pixels hides all of 24, and a window of 6 is no divisor of theirs.
-    argv += ["--config_overrides", "mask_patch_size=8"] if name == "simmim" else []
+    argv += ["--output_dir", str(tmp_path), "--image_size", "24", *SHORT, "--warmup_steps", "0"]
+    # What is right for 192 pixels hides all of 24.
+    argv += ["--config_overrides", "mask_patch_size=8", "window_size=4"] if name == "simmim" else []
     before = capsys.readouterr()
     script = script_of(name)
+    argv += ["--logging_steps", "1"]
     argv += ["--probe_images", "50"] if script == "pretrain" else []
     SCRIPTS[script](argv)
     state = json.loads((tmp_path / "trainer_state.json").read_text())
-    assert state["global_step"] == 1
-    assert state["log_history"][-1]["train_loss"] > 0 if script == "finetune" else state["log_history"]
+    assert state["global_step"] == 2
+    assert state["log_history"][0]["learning_rate"] > 0
+    (trained,) = [entry for entry in state["log_history"] if "train_loss" in entry]
+    assert trained["train_loss"] > 0
     said = "3 held-out images through pipeline" if script == "finetune" else "fine-tune it"
     assert said in capsys.readouterr().out, before
 
@@ -376,6 +379,122 @@ def test_every_recipe_makes_a_step(name, checkpoint, tmp_path, capsys):
 def test_a_learning_rate_for_256_images_is_scaled(tmp_path):
     argv = ["--recipe", "deit", "--gradient_accumulation_steps", "4"]
     assert parse(argv)[4].learning_rate == pytest.approx(2.5e-4 * 128 * 4 / 256)
+
+
+def test_a_rate_that_is_typed_replaces_the_recipe_s():
+    """Also where the recipe gives it for 256 images."""
+    arguments, *_, given = parse(["--recipe", "deit", "--learning_rate", "1e-5"])[4:]
+    assert arguments.learning_rate == 1e-5
+    assert "base_learning_rate" not in given
+    arguments = parse(["--recipe", "deit3", "--base_learning_rate", "1e-4"])[4]
+    assert arguments.learning_rate == pytest.approx(1e-4)
+    with pytest.raises(ValueError, match="--learning_rate and --base_learning_rate are two ways"):
+        parse(["--recipe", "vit", "--learning_rate", "1e-5", "--base_learning_rate", "1e-5"])
+
+
+def test_overrides_that_are_typed_join_the_recipe_s(tmp_path):
+    argv = [
+        "--recipe",
+        "mae_finetune",
+        "--model",
+        "user/name",
+        "--config_overrides",
+        "drop_path_rate=0.2",
+        "qk_norm=true",
+    ]
+    model, *_, given = parse(argv)
+    expected = read_recipe("mae_finetune")["config_overrides"]
+    expected[-1:] = ["drop_path_rate=0.2", "qk_norm=true"]
+    assert model.config_overrides == given["config_overrides"] == expected
+
+
+def test_a_checkpoint_in_half_precision_is_trained_in_full(checkpoint, tmp_path):
+    model = ViTCustomForImageClassification.from_pretrained(checkpoint).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    opened, _ = make_model(ModelArguments(model=str(tmp_path / "half")), list("0123456789"))
+    assert {parameter.dtype for parameter in opened.parameters()} == {torch.float32}
+    assert opened.config.dtype == torch.float32
+
+
+def test_overwriting_leaves_no_checkpoint_of_another_run(checkpoint, tmp_path):
+    for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        shutil.copy(checkpoint / name, tmp_path / "out")
+    (tmp_path / "out" / "checkpoint-900").mkdir()
+    (tmp_path / "out" / "checkpoint-900" / "trainer_state.json").write_text("{}")
+    finetune(["--recipe", "quickstart", "--output_dir", str(tmp_path / "out"), "--overwrite", "true", *SHORT])
+    assert last_checkpoint(tmp_path / "out") is None
+
+
+def test_the_card_of_a_low_rank_run_counts_what_was_published(checkpoint, tmp_path):
+    argv = [
+        "--recipe",
+        "lora",
+        "--dataset",
+        "digits",
+        "--model",
+        str(checkpoint),
+        "--output_dir",
+        str(tmp_path),
+        *SHORT,
+    ]
+    finetune(argv)
+    count = ViTCustomForImageClassification.from_pretrained(tmp_path).num_parameters()
+    assert f"{count / 1e6:.3f} M parameters" in (tmp_path / "README.md").read_text()
+
+
+def test_the_recipe_for_own_images_takes_any_family(tmp_path):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
+    argv = ["--recipe", "finetune", "--dataset", "digits", "--model", str(tmp_path / "vit")]
+    finetune([*argv, "--output_dir", str(tmp_path / "out"), *SHORT])
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.model_type == "vit"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--loss", "binary_cross_entropy", "--label_smoothing", "0.1"], "label_smoothing=0.1 is for cross_entropy"),
+        (["--loss", "binary_cross_entropy", "--logit_adjustment", "1"], "logit_adjustment=1.0 is for cross_entropy"),
+        (["--loss", "bce"], "loss='bce' must be one of"),
+        (["--recipe", "cifar10_deit_distilled", "--validation_fraction", "0.2"], "--distillation needs a --teacher"),
+        (["--optim", "adafactor"], "--optim adafactor is not looked at"),
+        (["--class_balanced_sampling", "true", "--logit_adjustment", "1"], "does not go with --logit_adjustment"),
+        (["--class_balanced_sampling", "true", "--repeated_augmentation", "3"], "with --repeated_augmentation"),
+        (["--repeated_augmentation", "0"], "repeated_augmentation=0 must be at least 1"),
+        (["--full_size_epochs", "1"], "full_size_epochs=1.0 needs an initial_image_size"),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "min_lr"),
+        (["--lr_scheduler_kwargs", '{"nothing": 1}'], "lr_scheduler_kwargs={'nothing': 1} makes no schedule"),
+        (["--base_learning_rate", "-1"], "base_learning_rate=-1.0 must be above 0"),
+        (["--weight_decay", "-1"], "weight_decay=-1.0 must be 0 or more"),
+        (["--teacher", "runs/nothing"], "there is no teacher 'runs/nothing'"),
+        (["--mixup", "-1"], "mixup=-1.0 must be 0 or more"),
+        (["--recipe", "mae"], "recipe 'mae' has an unknown field 'objective' (finetune has none"),
+    ],
+    ids=lambda value: value[0].lstrip("-") if isinstance(value, list) else "",
+)
+def test_choices_that_nothing_would_heed_are_refused(argv, message, tmp_path, capsys):
+    given = ["--dataset", "digits", "--model", "deit_nano_distilled_patch2_8", "--output_dir", str(tmp_path / "out")]
+    assert message in error_of(capsys, [*given, *argv]).replace("python -m trainers.finetune", "finetune")
+    assert not (tmp_path / "out").exists()
+
+
+def test_averages_that_are_not_there_are_not_resumed(tmp_path, capsys):
+    argv = [
+        "--recipe",
+        "quickstart",
+        "--output_dir",
+        str(tmp_path),
+        *SHORT,
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "1",
+    ]
+    finetune(argv)
+    line = error_of(capsys, [*argv, "--max_steps", "4", "--resume_from_checkpoint", "true", "--ema_decay", "0.9"])
+    assert "holds no averages: resume it with --ema_decay 0" in line
 
 
 def test_help_shows_fields_and_examples(capsys):

@@ -37,7 +37,7 @@ def test_images_are_shown_as_they_are(images, capsys):
 
 
 def test_views_are_augmented_and_mixed(images):
-    inverted = draw(images, "--auto_augment", "rand-m10-n1", "--gallery_views", "6")
+    inverted = draw(images, "--auto_augment", "rand-m10-n1-inc1", "--gallery_views", "6")
     assert share_of(inverted, (250, 0, 0)) + share_of(inverted, (0, 0, 250)) < 0.8
     mixed = draw(images, "--mixup", "200", "--gallery_images", "8", "--gallery_views", "3")
     assert share_of(mixed, (125, 0, 125)) > 0.02

@@ -10,6 +10,7 @@ from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 
 from modeling_vit_custom import ViTCustomForImageClassification
 from trainers.arguments import LossArguments, ModelArguments
+from trainers.mixing import Mixing
 from trainers.models import freeze, make_model, open_processor, read_processor
 from trainers.teachers import Teacher
 
@@ -46,7 +47,7 @@ def test_a_frozen_encoder_stays_as_it_is(checkpoint, tmp_path):
 def test_a_frozen_batch_norm_keeps_its_statistics():
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 5}
     model = ResNetForImageClassification(ResNetConfig(**sizes, layer_type="basic"))
-    freeze(model.base_model)
+    freeze(model)
     before = state(model)
     model.train()
     model(random_images(4))
@@ -137,6 +138,19 @@ def timm_teacher(tmp_path):
     config.num_labels = 5
     TimmWrapperForImageClassification(config).eval().save_pretrained(tmp_path / "teacher")
     return str(tmp_path / "teacher")
+
+
+def test_a_timm_model_is_trained(timm_teacher, tmp_path):
+    model, _ = make_model(ModelArguments(model=timm_teacher, freeze_encoder=True), labels=list("abc"))
+    before = state(model)
+    trainer = make_trainer(tmp_path / "run", model, trainer_options={"mixing": Mixing(0, 0, 1.0, 0.5, 5)})
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == {
+        "timm_model.fc.weight",
+        "timm_model.fc.bias",
+    }
+    model.train()
+    trainer.model(random_images())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_timm_model_teaches(timm_teacher):

@@ -1,13 +1,23 @@
 """Parameter groups and optimizers."""
 
 import pytest
+import timm
 import torch
 from tiny_models import ARCHITECTURES, random_images, tiny_config
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import (
+    PvtConfig,
+    PvtForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from modeling_vit_custom import ViTCustomForImageClassification, preset_config
 from trainers.arguments import OPTIMIZERS
-from trainers.optim import has_decay, layer_of, make_optimizer, parameter_groups
+from trainers.optim import has_decay, make_optimizer, number_layers, parameter_groups
 
 
 def make_model(name: str) -> ViTCustomForImageClassification:
@@ -47,11 +57,38 @@ def test_layers_count_through_stages():
         "model.stages.0.blocks.1.mlp.fc1.weight": 2,
         "model.stages.1.embedding.norm.weight": 2,
         "model.stages.1.blocks.0.attention.qkv.weight": 3,
+        "model.stages.1.blocks.1.attention.qkv.weight": 4,
         "model.stages.1.blocks.2.attention.qkv.weight": 5,
         "model.norm.weight": 6,
+        "decoder.blocks.0.mlp.fc1.weight": 6,
         "head.classifier.weight": 6,
     }
-    assert {name: layer_of(name, [2, 3]) for name in names} == names
+    assert number_layers(list(names)) == names
+
+
+SIZES = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
+OTHERS = {
+    "ViT": (lambda: ViTForImageClassification(ViTConfig(**SIZES, image_size=8, patch_size=4)), 3),
+    "Swin": (lambda: SwinForImageClassification(SwinConfig(embed_dim=8, depths=[1, 2], num_heads=[1, 2])), 3),
+    "ResNet": (
+        lambda: ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[2, 1])),
+        3,
+    ),
+    "PVT": (lambda: PvtForImageClassification(PvtConfig(depths=[1, 1, 1, 1])), 4),
+    "timm's ViT": (lambda: timm.create_model("vit_tiny_patch16_224", depth=3), 3),
+    "timm's Swin": (lambda: timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)), 4),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_layers_of_other_libraries_count_from_input_to_head(name):
+    make, blocks = OTHERS[name]
+    names = [name for name, _ in make().named_parameters()]
+    layers = number_layers(names)
+    assert [layers[name] for name in names] == sorted(layers.values())
+    assert set(layers.values()) == set(range(blocks + 2))
+    assert layers[names[0]] == 0
+    assert all(index == blocks + 1 for name, index in layers.items() if name.startswith(("head.", "classifier.")))
 
 
 def test_layer_decay_of_mae():
@@ -64,11 +101,52 @@ def test_layer_decay_of_mae():
     assert rates["model.stages.0.prefix_tokens.class_token"] == pytest.approx(1e-3 * 0.65**10)
 
 
-def test_layer_decay_needs_known_layers():
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    model = ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4))
-    with pytest.raises(ValueError, match=r"layer_decay=0\.5 needs a vit_custom model, not vit"):
+def test_layer_decay_and_muon_need_blocks():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 5))
+    with pytest.raises(ValueError, match=r"layer_decay=0\.5 needs blocks, which a Sequential names otherwise"):
         parameter_groups(model, 1.0, 0.1, 0.5)
+    with pytest.raises(ValueError, match="optimizer='muon' finds no matrices of blocks"):
+        make_optimizer("muon", parameter_groups(model, 1.0, 0.1), (0.9, 0.999), 1e-8, 0.9)
+    with pytest.raises(ValueError, match="the model has no weights to train"):
+        parameter_groups(model.requires_grad_(False), 1.0, 0.1)
+
+
+def test_muon_trains_the_blocks_of_another_library():
+    model = OTHERS["ViT"][0]()
+    optimizer = make_optimizer("muon", parameter_groups(model, 1e-3, 0.1), (0.9, 0.95), 1e-8, 0.9)
+    count = sum(len(group["params"]) for group in optimizer.param_groups if group["use_muon"])
+    assert count == 3 * 6  # query, key, value, output, and two of the MLP
+
+
+def test_lamb_is_the_paper_s():
+    """https://arxiv.org/abs/1904.00962, algorithm 2, without the bias correction, as in its third version."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.nn.Parameter(5 * torch.randn(40, 30, generator=generator))  # of norm 170
+    bias = torch.nn.Parameter(torch.randn(40, generator=generator))
+    expected, expected_bias = matrix.detach().clone(), bias.detach().clone()
+    groups = [{"params": [matrix], "lr": 0.1, "weight_decay": 0.05, "is_hidden": True}]
+    groups += [{"params": [bias], "lr": 0.1, "weight_decay": 0.0, "is_hidden": False}]
+    optimizer = make_optimizer("lamb", groups, (0.9, 0.99), 1e-6, 0.0)
+    moments = {
+        name: [torch.zeros_like(parameter), torch.zeros_like(parameter)]
+        for name, parameter in {"matrix": matrix, "bias": bias}.items()
+    }
+    for _ in range(4):
+        matrix.grad = torch.randn(matrix.shape, generator=generator)
+        bias.grad = torch.randn(bias.shape, generator=generator)
+        updates = {}
+        for name, gradient in {"matrix": matrix.grad, "bias": bias.grad}.items():
+            mean, square = moments[name]
+            mean.mul_(0.9).add_(0.1 * gradient)
+            square.mul_(0.99).add_(0.01 * gradient**2)
+            updates[name] = mean / (square.sqrt() + 1e-6)
+        updates["matrix"] += 0.05 * expected
+        ratio = expected.norm() / updates["matrix"].norm()
+        expected -= 0.1 * ratio * updates["matrix"]
+        expected_bias -= 0.1 * updates["bias"]
+        optimizer.step()
+        torch.testing.assert_close(matrix.detach(), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(bias.detach(), expected_bias, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -19,6 +19,8 @@ from modeling_vit_custom import (
     ViTCustomModel,
 )
 from modeling_vit_custom.modeling_vit_custom import patchify
+from trainers.arguments import DataArguments
+from trainers.data import load_splits
 from trainers.finetune import main as finetune
 from trainers.image_ops import to_arrays
 from trainers.pretrain import main as pretrain
@@ -124,9 +126,45 @@ def test_images_without_classes_will_do(tmp_path):
 
 def test_all_of_train_can_be_learnt_from(tmp_path, capsys):
     folder = run(tmp_path / "out", "masked_autoencoder", "--validation_fraction", "0")
-    assert "1,797 train images" in capsys.readouterr().out
-    assert json.loads((folder / "all_results.json").read_text())["train_loss"] > 0
-    assert "Measured on the train split" in (folder / "README.md").read_text()
+    printed = capsys.readouterr().out
+    assert "1,797 train images" in printed
+    assert "not judged after" in printed
+    card = (folder / "README.md").read_text()
+    assert "## Results" not in card
+    assert (folder / "reconstructions.png").is_file()
+
+
+def test_features_that_cannot_be_judged_cost_nothing_else(tmp_path, capsys):
+    folder = run(tmp_path / "out", "masked_autoencoder", "--probe_images", "1")
+    assert "The features could not be judged: " in capsys.readouterr().out
+    assert json.loads((folder / "all_results.json").read_text())["validation_loss"] > 0
+    assert (folder / "README.md").is_file()
+
+
+def test_labels_that_are_missing_judge_nothing(tmp_path):
+    for index in range(24):
+        folder = tmp_path / "images" / (f"train/c{index % 2}" if index < 16 else "val")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 12), (10 * index, 0, 0)).save(folder / f"{index}.png")
+    folder = run(tmp_path / "out", "masked_autoencoder", "--dataset", str(tmp_path / "images"))
+    results = json.loads((folder / "all_results.json").read_text())
+    assert "validation_loss" in results
+    assert "validation_knn_accuracy" not in results
+
+
+def test_the_same_images_are_held_out_as_in_fine_tuning(tmp_path):
+    arguments = DataArguments(dataset="digits")
+    splits = [load_splits(arguments, needs_labels=needed)["validation"] for needed in (True, False)]
+    assert splits[0]["label"] == splits[1]["label"]
+    assert splits[0][5]["image"].tobytes() == splits[1][5]["image"].tobytes()
+
+
+def test_a_stream_is_learnt_from(tmp_path):
+    load_splits(DataArguments(dataset="digits"))["train"].to_parquet(tmp_path / "images" / "train.parquet")
+    folder = run(tmp_path / "out", "masked_autoencoder", "--dataset", str(tmp_path / "images"), "--streaming", "true")
+    results = json.loads((folder / "all_results.json").read_text())
+    assert results["train_loss"] > 0
+    assert (folder / "reconstructions.png").is_file()
 
 
 def test_supervised_pretraining_is_a_classifier(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The Trainer subclass: accumulation, averages, phases, resuming, teachers."""
 
+import ast
 import math
 import os
 import re
@@ -71,19 +72,50 @@ trainer.save_model()
 """
 
 
-@pytest.mark.slow
-def test_two_ranks_end_in_the_same_weights_as_one(tmp_path):
-    script = tmp_path / "two_ranks.py"
-    script.write_text(TWO_RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "two")))
+def run_ranks(folder: Path, code: str) -> None:
+    """In two processes, each with the output folder `ranks`."""
+    script = folder / "script.py"
+    (folder / "ranks").mkdir()
+    script.write_text(code.format(tests=str(Path(__file__).parent), folder=str(folder / "ranks")))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     subprocess.run([*launcher, str(script)], env=environment, check=True, capture_output=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_two_ranks_end_in_the_same_weights_as_one(tmp_path):
+    run_ranks(tmp_path, TWO_RANKS)
     one = make_trainer(tmp_path / "one", optimizer="sgd", ema_decay=0.9)
     one.train()
     one.save_model()
-    weights_of_one, weights_of_two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    weights_of_one, weights_of_two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "ranks"))
     for name, tensor in weights_of_one.items():
         torch.testing.assert_close(weights_of_two[name], tensor, rtol=0, atol=2e-6)
+
+
+DRAWS = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+from test_vit_trainer import make_trainer
+seen = []
+def look(pixels):
+    seen.append((round(float(pixels.sum()), 3), torch.rand(()).item()))
+    return pixels
+options = {{"per_device_train_batch_size": 8, "ddp_backend": "gloo"}}
+trainer = make_trainer({folder!r}, trainer_options={{"augmentation": look}}, **options)
+trainer.train()
+open({folder!r} + "/" + str(trainer.args.process_index), "w").write(repr(seen))
+"""
+
+
+@pytest.mark.slow
+def test_ranks_draw_for_their_own_images(tmp_path):
+    run_ranks(tmp_path, DRAWS)
+    one, two = (ast.literal_eval((tmp_path / "ranks" / name).read_text()) for name in "01")
+    assert len(one) == len(two) == 4
+    assert not {image for image, _ in one[:2]} & {image for image, _ in two[:2]}  # an epoch is two steps
+    assert not {draw for _, draw in one} & {draw for _, draw in two}
 
 
 def test_the_loss_that_is_logged_is_a_mean_over_images(tmp_path):
@@ -237,6 +269,15 @@ def test_a_full_disk_leaves_whole_checkpoints_only(tmp_path, limit):
     resumed = make_trainer(tmp_path, ema_decay=0.9)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.state.global_step == 4
+
+
+def test_last_epochs_are_whole_ones_of_a_run_of_steps(tmp_path):
+    """Five steps are two and a half epochs of two steps each, of which the last one is not mixed."""
+    mixing, seen = Mixing(0.8, 0, 1.0, 0.5, 5), []
+    trainer = make_trainer(tmp_path, trainer_options={"mixing": mixing}, max_steps=5, unmixed_epochs=1)
+    trainer.model.register_forward_hook(lambda module, args, output: seen.append(mixing.is_on))
+    trainer.train()
+    assert seen == [True] * 3 + [False] * 2
 
 
 @pytest.mark.parametrize("strategy", ["no", "steps"])

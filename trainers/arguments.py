@@ -21,8 +21,9 @@ from transformers.hf_argparser import string_to_bool
 
 
 RECIPES = Path(__file__).parent / "recipes"
-# Of the Trainer's hundred arguments, those that `--help` shows beside the ones with defaults of their own.
 OPTIMIZERS = ("adamw", "sgd", "lamb", "lars", "muon")
+OBJECTIVES = ("supervised", "masked_autoencoder", "masked_image_modeling")
+# Of the Trainer's hundred arguments, those that `--help` shows beside the ones with defaults of their own.
 SHOWN_OF_TRAINER = {
     "help",
     "bf16",
@@ -251,13 +252,17 @@ class TrainingArguments(transformers.TrainingArguments):
             raise ValueError(f"ema_decay={self.ema_decay} must lie in [0, 1)")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay={self.layer_decay} must lie in (0, 1]")
-        for name in ("unmixed_epochs", "unmasked_epochs", "full_size_epochs", "decay_steps"):
+        if self.full_size_epochs and self.initial_image_size is None:
+            raise ValueError(f"full_size_epochs={self.full_size_epochs} needs an initial_image_size to grow from")
+        for name in ("unmixed_epochs", "unmasked_epochs", "full_size_epochs", "decay_steps", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor smooths the evaluation as well: use label_smoothing")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate={self.learning_rate} must be above 0")
+        for name in ("learning_rate", "base_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate < math.inf:
+                raise ValueError(f"{name}={rate} must be above 0")
         if self.dataloader_drop_last:
             raise ValueError("dataloader_drop_last=True would leave images out of the evaluation")
         if self.remove_unused_columns:
@@ -272,9 +277,6 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.base_learning_rate is not None:
             images = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
             self.learning_rate = self.base_learning_rate * images / 256
-
-
-OBJECTIVES = ("supervised", "masked_autoencoder", "masked_image_modeling")
 
 
 @dataclass
@@ -400,16 +402,37 @@ def parse_arguments(
             f"recipe {named.recipe!r} has an unknown field {unknown[0]!r}{suggest(unknown[0], fields_of_parser)} "
             f"({program} has none; a recipe's header says what it is for)"
         )
+    typed = _read_given(dataclasses, rest)
+    for name, rival in RIVALS.items():
+        if name in typed:
+            fields.pop(rival, None)
     # What comes later on a command line wins. One way in means that recipes are checked as the command line is.
     argv = [*to_argv(fields), *rest]
+    if "config_overrides" in fields and "config_overrides" in typed:
+        # Field by field, so that one more does not throw away what makes the recipe.
+        merged = {entry.partition("=")[0]: entry for entry in [*fields["config_overrides"], *typed["config_overrides"]]}
+        argv += to_argv({"config_overrides": list(merged.values())})
+    given = _read_given(dataclasses, argv)
+    for name, rival in RIVALS.items():
+        if name in given and rival in given:
+            raise ValueError(f"--{name} and --{rival} are two ways to say the same: give one of them")
     *parsed, unused = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unused:
         near = suggest(unused[0], [f"--{name}" for name in fields_of_parser])
         raise ValueError(f"unknown argument {unused[0]!r}{near} (see --help)")
+    return (*parsed[: len(dataclasses)], given)
+
+
+# Each says what the other says; one that is typed takes the place of the other in a recipe.
+RIVALS = {"learning_rate": "base_learning_rate", "base_learning_rate": "learning_rate"}
+
+
+def _read_given(dataclasses: Sequence[type], argv: Sequence[str] | None) -> dict:
+    """The fields that a command line names, and nothing of the defaults."""
+    parser = _Parser(dataclasses, add_help=False, allow_abbrev=False)
     for action in parser._actions:
         action.default, action.required = argparse.SUPPRESS, False
-    given, _ = parser.parse_known_args(argv)
-    return (*parsed[: len(dataclasses)], vars(given))
+    return vars(parser.parse_known_args(argv)[0])
 
 
 def suggest(name: str, names: Iterable[str]) -> str:

@@ -261,7 +261,7 @@ def make_policy(name: str) -> Callable[[Tensor, Tensor], Tensor]:
         return ThreeAugment()
     if name in ("imagenet", "cifar10"):
         return AutoAugment(torchvision.transforms.AutoAugmentPolicy(name))
-    match = re.fullmatch(r"rand-m(?P<m>[\d.]+)(-n(?P<n>\d+))?(-mstd(?P<mstd>[\d.]+))?(-inc1)?", name)
+    match = re.fullmatch(r"rand-m(?P<m>[\d.]+)(-n(?P<n>\d+))?(-mstd(?P<mstd>[\d.]+))?-inc1", name)
     if match is None:
         raise ValueError(f"auto_augment={name!r} must be as rand-m9-mstd0.5-inc1, or one of 3a, imagenet, cifar10")
     return RandAugment(float(match["m"]), float(match["mstd"] or 0), int(match["n"] or 2))

@@ -49,6 +49,7 @@ def train_classifier(command: TrainingCommand) -> None:
     """
     training_args = command.training
     with report_user_errors(command.program):
+        check_given(command)
         check_output_dir(training_args)
         set_seed(training_args.seed)
         splits = load_training_splits(command)
@@ -82,7 +83,8 @@ def train_classifier(command: TrainingCommand) -> None:
             if command.loss.teacher
             else None,
         )
-    print(describe(f"{command.model.model}, {model.config.num_labels} classes", model, splits, training_args))
+    if trainer.is_world_process_zero():
+        print(describe(f"{command.model.model}, {model.config.num_labels} classes", model, splits, training_args))
     trained, wall_time = train(trainer, command.program)
     trainer.save_metrics(TRAIN, trained.metrics)
     trainer.save_state()
@@ -100,7 +102,7 @@ def train_classifier(command: TrainingCommand) -> None:
     results = {name.removeprefix(f"{reported}_"): value for name, value in predictions[reported].metrics.items()}
     run = TrainingRun(
         **gather_facts(command, trainer, size, wall_time),
-        num_parameters=model.num_parameters(),
+        num_parameters=trainer.published_model().num_parameters(),
         label_names=label_names(splits),
         split_sizes=({} if command.data.streaming else {TRAIN: len(labels)})
         | {name: len(prediction.label_ids) for name, prediction in predictions.items()},
@@ -112,6 +114,15 @@ def train_classifier(command: TrainingCommand) -> None:
     write_recipe(output_dir / "recipe.yaml", command.given)
     print(f"\n{reported} accuracy {results['accuracy']:.2%} after {wall_time:.0f} s of training; saved to {output_dir}")
     show_predictions(output_dir, splits[reported], command.model.trust_remote_code)
+
+
+def check_given(command: TrainingCommand) -> None:
+    """Raises ValueError for a field that nothing would heed."""
+    for name in ("distillation", "distillation_weight", "distillation_temperature", "teacher_labels_by_index"):
+        if name in command.given and command.loss.teacher is None:
+            raise ValueError(f"--{name} needs a --teacher to learn from")
+    if "optim" in command.given:
+        raise ValueError(f"--optim {command.given['optim']} is not looked at: choose by --optimizer")
 
 
 def make_mixing(arguments: AugmentationArguments, loss_arguments: LossArguments, num_labels: int) -> Mixing:
@@ -126,7 +137,18 @@ def make_mixing(arguments: AugmentationArguments, loss_arguments: LossArguments,
 
 
 def make_criterion(arguments: LossArguments, counts: torch.Tensor) -> Criterion:
-    """The loss, given the number of training images of each class (L,)."""
+    """The loss, given the number of training images of each class (L,).
+
+    Raises:
+        ValueError: for what the loss cannot make sense of.
+    """
+    if arguments.loss == "binary_cross_entropy":
+        for name in ("label_smoothing", "class_weight_beta", "logit_adjustment"):
+            if getattr(arguments, name):
+                raise ValueError(
+                    f"{name}={getattr(arguments, name)} is for cross_entropy: "
+                    "binary_cross_entropy wants every class that is in the image whole"
+                )
     beta, strength = arguments.class_weight_beta, arguments.logit_adjustment
     return Criterion(
         loss=arguments.loss,
@@ -144,9 +166,16 @@ def make_sampler(
     """The order of the training images; none for a random permutation.
 
     Raises:
-        ValueError: if images are to be seen less than once.
+        ValueError: if images are to be seen less than once, or classes are to be balanced twice.
     """
     if loss_arguments.class_balanced_sampling:
+        for name, value in {
+            "repeated_augmentation": arguments.repeated_augmentation - 1,
+            "class_weight_beta": loss_arguments.class_weight_beta,
+            "logit_adjustment": loss_arguments.logit_adjustment,
+        }.items():
+            if value:
+                raise ValueError(f"--class_balanced_sampling true does not go with --{name}: choose one of them")
         return ClassBalancedSampler(labels, seed)
     if arguments.repeated_augmentation < 1:
         raise ValueError(f"repeated_augmentation={arguments.repeated_augmentation} must be at least 1")

@@ -61,15 +61,15 @@ def load_splits(arguments: DataArguments, seed: int = 0, needs_labels: bool = Tr
     if not needs_labels:
         splits = _make_class_labels(splits, arguments) if _has_classes(splits) else splits.select_columns(IMAGE)
         splits = _check_images(splits, arguments)
-        return splits if VALIDATION in splits else _hold_out_images(splits, arguments)
+        return splits if VALIDATION in splits else _hold_out(splits, arguments, needs_labels)
     splits = _make_class_labels(splits, arguments)
     if TEST in splits and len(splits[TEST]) and all(map(_is_missing, splits[TEST][LABEL])):
-        print(f"The {len(splits[TEST]):,} images of the test split have no labels: it is left out.")
+        _announce(f"The {len(splits[TEST]):,} images of the test split have no labels: it is left out.")
         del splits[TEST]
     _check_labels(splits, arguments.dataset)
     splits = _check_images(splits, arguments)
     if VALIDATION not in splits:
-        splits = _hold_out(splits, arguments)
+        splits = _hold_out(splits, arguments, needs_labels)
     # Once more: images that were left out or held out may have been all of their class.
     _check_labels(splits, arguments.dataset)
     return splits
@@ -353,11 +353,11 @@ def _check_images(splits: DatasetDict, arguments: DataArguments) -> DatasetDict:
     broken, readable = [], {}
     for key, split in splits.items():
         encoded = split.cast_column(IMAGE, Image(decode=False))
-        faults = list(_map_images(_find_fault, split, f"Reading {key} images"))
-        for row in (row for row, fault in enumerate(faults) if fault is not None):
+        faults = _find_faults(split, f"Reading {key} images")
+        for row, fault in faults.items():
             path = (encoded[row][IMAGE] or {}).get("path")
-            broken.append((path or f"row {row} of split {key!r}", faults[row]))
-        readable[key] = split.select([row for row, fault in enumerate(faults) if fault is None])
+            broken.append((path or f"row {row} of split {key!r}", fault))
+        readable[key] = split.select([row for row in range(len(split)) if row not in faults])
     if not broken:
         return splits
     more = f" and {len(broken) - 5:,} more" if len(broken) > 5 else ""
@@ -367,8 +367,32 @@ def _check_images(splits: DatasetDict, arguments: DataArguments) -> DatasetDict:
     )
     if arguments.on_corrupt == "error":
         raise ValueError(f"{message}: mend them, or leave them out by --on_corrupt skip")
-    print(f"{message}: left out.")
+    _announce(f"{message}: left out.")
     return DatasetDict(readable)
+
+
+def _find_faults(split: Dataset, description: str) -> dict[int, str]:
+    """What is wrong with the images, by row. Each of several processes reads its share and hears of the others'."""
+    rank, world = _process()
+    rows = range(rank, len(split), world)
+    found = zip(rows, _map_images(_find_fault, split.select(rows), description))
+    shares = [{row: fault for row, fault in found if fault is not None}] * world
+    if world > 1:
+        torch.distributed.all_gather_object(shares, shares[0])
+    return dict(sorted(item for share in shares for item in share.items()))
+
+
+def _process() -> tuple[int, int]:
+    """The number of this process and how many there are."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _announce(message: str) -> None:
+    """Once, however many processes there are."""
+    if _process()[0] == 0:
+        print(message)
 
 
 def _find_fault(encoded: dict | None) -> str | None:
@@ -430,10 +454,10 @@ def _choose_column(kind: str, wanted: str | None, found: list[str], features) ->
 
 
 def _has_classes(splits: DatasetDict) -> bool:
-    """Whether there are labels, of two kinds at least and none missing in train."""
+    """Whether there are labels, of two kinds at least and none missing."""
     if LABEL not in splits[TRAIN].features:
         return False
-    labels = splits[TRAIN].unique(LABEL)
+    labels = {label for split in splits.values() for label in split.unique(LABEL)}
     return len(labels) > 1 and not any(map(_is_missing, labels))
 
 
@@ -451,7 +475,7 @@ def _prepare_streams(splits: IterableDatasetDict, arguments: DataArguments, seed
     if len(label_names(splits)) < 2:
         raise ValueError(f"{name!r} has only the class {label_names(splits)[0]!r} to train on")
     if TEST in splits and _is_missing(next(iter(splits[TEST].select_columns(LABEL)))[LABEL]):
-        print("The first image of the test split has no label: it is left out.")
+        _announce("The first image of the test split has no label: it is left out.")
         del splits[TEST]
     if VALIDATION not in splits and (arguments.validation_fraction > 0 or TEST not in splits):
         raise ValueError(
@@ -541,37 +565,29 @@ def _check_labels(splits: DatasetDict, name: str) -> None:
         raise ValueError(f"class {empty[0]!r} of {name!r} has no image in {TRAIN!r}{more}")
 
 
-def _hold_out(splits: DatasetDict, arguments: DataArguments) -> DatasetDict:
-    fraction = arguments.validation_fraction
+def _hold_out(splits: DatasetDict, arguments: DataArguments, needs_labels: bool) -> DatasetDict:
+    """A share of train, the same of each class where there are classes, or nothing if the share is 0."""
+    fraction, train = arguments.validation_fraction, splits[TRAIN]
     if fraction == 0:
-        if TEST not in splits:
+        if needs_labels and TEST not in splits:
             raise ValueError(
                 f"validation_fraction=0 trains on all of {arguments.dataset!r}: it needs a {TEST!r} split with labels"
             )
         return splits
-    train = splits[TRAIN]
-    counts = np.bincount(train[LABEL], minlength=len(train.features[LABEL].names))
-    rare = [name for name, count in zip(train.features[LABEL].names, counts) if count == 1]
-    if rare:
+    rare = []
+    if LABEL in train.features:
+        names = train.features[LABEL].names
+        rare = [name for name, count in zip(names, np.bincount(train[LABEL], minlength=len(names))) if count == 1]
+    if needs_labels and rare:
         raise ValueError(
             f"class {rare[0]!r} of {arguments.dataset!r} has a single image: "
             "a stratified validation split needs two of every class, or give one beside train"
         )
+    stratify = LABEL if LABEL in train.features and not rare else None
     try:
-        held_out = train.train_test_split(fraction, stratify_by_column=LABEL, seed=arguments.split_seed)
+        held_out = train.train_test_split(fraction, stratify_by_column=stratify, seed=arguments.split_seed)
     except ValueError as error:
         raise ValueError(
             f"{len(train)} images are too few to hold out a share of {fraction} of each class ({error})"
         ) from error
-    return DatasetDict({**splits, TRAIN: held_out["train"], VALIDATION: held_out["test"]})
-
-
-def _hold_out_images(splits: DatasetDict, arguments: DataArguments) -> DatasetDict:
-    """The same whatever the classes, or nothing if the share is 0."""
-    if arguments.validation_fraction == 0:
-        return splits
-    try:
-        held_out = splits[TRAIN].train_test_split(arguments.validation_fraction, seed=arguments.split_seed)
-    except ValueError as error:
-        raise ValueError(f"{len(splits[TRAIN])} images are too few to hold out some of them ({error})") from error
     return DatasetDict({**splits, TRAIN: held_out["train"], VALIDATION: held_out["test"]})

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 import yaml
 from safetensors import SafetensorError
 from torch import nn
@@ -16,6 +17,7 @@ from transformers import (
     BaseImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
+    TimmWrapperForImageClassification,
     TimmWrapperImageProcessor,
     ViTImageProcessor,
     logging,
@@ -55,7 +57,7 @@ def make_model(
     if arguments.freeze_encoder and arguments.lora_rank:
         raise ValueError(f"--freeze_encoder true leaves nothing to change by --lora_rank {arguments.lora_rank}")
     if arguments.freeze_encoder:
-        freeze(model.base_model)
+        freeze(model)
     if arguments.lora_rank:
         model = add_lora(model, arguments.lora_rank, arguments.lora_alpha)
     return model, processor
@@ -95,14 +97,19 @@ def _from_checkpoint(
     logging.set_verbosity_error()  # what was made anew is judged below
     try:
         model, loading = auto_class.from_pretrained(
-            arguments.model, **_origin(arguments), **overrides, ignore_mismatched_sizes=True, output_loading_info=True
+            arguments.model,
+            **_origin(arguments),
+            **overrides,
+            dtype=torch.float32,  # whatever the checkpoint's: averages and small steps vanish in half precision
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise ValueError(f"cannot open the model {arguments.model!r}: {error}") from error
     finally:
         logging.set_verbosity(verbosity)
     # A new head starts from random weights, and so may a norm behind the pooling; the encoder must not.
-    made_anew = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
+    made_anew = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])} - name_head(model)
     prefix = f"{model.base_model_prefix}."
     encoder = sorted(key for key in made_anew if key.startswith(prefix) and not key.startswith(f"{prefix}pooling."))
     if encoder:
@@ -161,9 +168,21 @@ def check_is_model(name: str, argument: str) -> None:
         )
 
 
-def freeze(encoder: PreTrainedModel) -> None:
+def name_head(model: PreTrainedModel) -> set[str]:
+    """Names of the weights that belong to a classifier's head, not to its encoder."""
+    named = dict(model.named_parameters())
+    if isinstance(model, TimmWrapperForImageClassification):
+        head = {id(parameter) for parameter in model.timm_model.get_classifier().parameters()}
+        return {name for name, parameter in named.items() if id(parameter) in head}
+    return {name for name in named if not name.startswith(f"{model.base_model_prefix}.")}
+
+
+def freeze(model: PreTrainedModel) -> None:
     """Keep an encoder as it is: no gradients, and evaluation mode for good, so that nothing is dropped at random."""
-    encoder.requires_grad_(False).eval()
+    head, encoder = name_head(model), model.base_model
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in head)
+    encoder.eval()
     encoder.train = lambda mode=True: encoder
 
 
@@ -181,15 +200,9 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> "peft.PeftModel
         raise ValueError("--lora_rank needs the peft library: pip install 'vit-custom[lora]'") from error
     if rank < 1:
         raise ValueError(f"lora_rank={rank} must be at least 1, or 0 for none")
-    encoder = f"{model.base_model_prefix}."
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    head = sorted({name.split(".")[0] for name, _ in model.named_parameters() if not name.startswith(encoder)})
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=[name for name in linear if name.startswith(encoder)],
-        modules_to_save=head,
-    )
+    head = {name.rpartition(".")[0] for name in name_head(model)}
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in head]
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=linear, modules_to_save=sorted(head))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks the library by a name that has a newer one
         return peft.get_peft_model(model, config)

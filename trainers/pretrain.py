@@ -103,8 +103,7 @@ def train_encoder(command: TrainingCommand, arguments: PretrainingArguments) -> 
             name: with_transform(split, processor_transform(processor), command.data.on_corrupt)
             for name, split in splits.items()
         }
-        # With all of train to learn from, the test images judge, or else train itself.
-        judging = next(name for name in (VALIDATION, TEST, TRAIN) if name in splits)
+        judging = next((name for name in (VALIDATION, TEST) if name in splits), None)
         # Only their number counts here.
         labels = [] if streaming else range(len(splits[TRAIN]))
         # The loss is the model's own, of the images alone, and its reconstructions need not be collected.
@@ -114,34 +113,39 @@ def train_encoder(command: TrainingCommand, arguments: PretrainingArguments) -> 
             args=training_args,
             data_collator=collate,
             train_dataset=train_dataset,
-            eval_dataset=evaluated[judging],
+            eval_dataset=evaluated.get(judging),
             processing_class=processor,
             augmentation=augmentation if on_device else None,
             sampler=make_sampler(command.augmentation, command.loss, labels, training_args.seed),
         )
-    print(describe(f"{command.model.model}, {arguments.objective}", model, splits, training_args))
+    if trainer.is_world_process_zero():
+        print(describe(f"{command.model.model}, {arguments.objective}", model, splits, training_args))
     trained, wall_time = train(trainer, command.program)
     trainer.save_metrics(TRAIN, trained.metrics)
     trainer.save_state()
-    metrics = trainer.evaluate(metric_key_prefix=judging)
+    metrics = {} if judging is None else trainer.evaluate(metric_key_prefix=judging)
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return
 
     # From here on with what was saved, which may be the averaged weights.
     model = type(model).from_pretrained(training_args.output_dir).to(training_args.device)
-    results = {"loss": metrics[f"{judging}_loss"]}
-    if not streaming and LABEL in splits[TRAIN].features and judging != TRAIN and arguments.probe_images:
-        results |= probe(
-            model,
-            evaluated[TRAIN],
-            evaluated[judging],
-            batch_size=training_args.per_device_eval_batch_size,
-            device=training_args.device,
-            max_images=arguments.probe_images,
-            seed=training_args.seed,
-        )
-    trainer.save_metrics(judging, metrics | {f"{judging}_{name}": value for name, value in results.items()})
+    results = {} if judging is None else {"loss": metrics[f"{judging}_loss"]}
+    if judging is not None and LABEL in splits[TRAIN].features and arguments.probe_images:
+        try:
+            results |= probe(
+                model,
+                evaluated[TRAIN],
+                evaluated[judging],
+                batch_size=training_args.per_device_eval_batch_size,
+                device=training_args.device,
+                max_images=arguments.probe_images,
+                seed=training_args.seed,
+            )
+        except ValueError as error:
+            print(f"The features could not be judged: {error}.")
+    if judging is not None:
+        trainer.save_metrics(judging, metrics | {f"{judging}_{name}": value for name, value in results.items()})
 
     output_dir = Path(training_args.output_dir)
     run = TrainingRun(
@@ -151,14 +155,16 @@ def train_encoder(command: TrainingCommand, arguments: PretrainingArguments) -> 
         split_sizes={} if streaming else {name: len(split) for name, split in splits.items()},
         evaluation_split=judging,
         results=results,
-        reconstructions=show_reconstructions(model, evaluated[judging], mean, std),
+        reconstructions=show_reconstructions(model, evaluated[judging or TRAIN], mean, std),
     )
     write_card(output_dir, run)
     write_recipe(output_dir / "recipe.yaml", command.given)
-    judged = "".join(f", {METRIC_TITLES[name]} {value:.2%}" for name, value in results.items() if name != "loss")
+    figures = [f"{METRIC_TITLES[name]} {value:.4f}" for name, value in results.items()]
     print(
-        f"\n{judging} loss {results['loss']:.4f}{judged} after {wall_time:.0f} s of training; "
-        f"saved to {output_dir}\n\nNext:\n"
+        f"\n{', '.join([judging or 'not judged', *figures])} after {wall_time:.0f} s of training; saved to {output_dir}"
+    )
+    print(
+        f"\nNext:\n"
         f"  read the card and the figures   {output_dir / 'README.md'}\n"
         f"  fine-tune it                    python -m trainers.finetune --recipe mae_finetune "
         f"--dataset path/to/images --model {shlex.quote(str(output_dir))}"

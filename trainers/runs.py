@@ -1,6 +1,7 @@
 """Training runs of any kind: their folders and data, what may end them before their time, and facts about them."""
 
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -13,6 +14,7 @@ from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from model_cards.environment import describe_hardware, library_versions
 from modeling_vit_custom import list_presets
+from trainers import ema
 from trainers.arguments import AugmentationArguments, LossArguments, TrainingArguments, TrainingCommand
 from trainers.data import BUILT_IN_TITLES, TRAIN, VALIDATION, Splits, load_splits
 from trainers.vit_trainer import CheckpointNotWrittenError, TrainingDivergedError, ViTTrainer
@@ -23,8 +25,7 @@ def check_output_dir(training_args: TrainingArguments) -> None:
 
     Raises:
         ValueError: if the output folder holds a model, and neither overwriting nor resuming was asked for, or if there
-            is no checkpoint to resume from.
-        ValueError: if the folder cannot be written to.
+            is no checkpoint to resume from, or the folder cannot be written to.
     """
     folder = Path(training_args.output_dir)
     if folder.exists() and not folder.is_dir():
@@ -38,6 +39,8 @@ def check_output_dir(training_args: TrainingArguments) -> None:
         state_file = Path(checkpoint) / "trainer_state.json"
         if not state_file.exists():
             raise ValueError(f"--resume_from_checkpoint {checkpoint!r} is no checkpoint: give true or its folder")
+        if training_args.ema_decay and not (Path(checkpoint) / ema.FILE).exists():
+            raise ValueError(f"{checkpoint!r} holds no averages: resume it with --ema_decay 0, as it was trained")
         state = TrainerState.load_from_json(str(state_file))
         steps, epochs = training_args.max_steps, training_args.num_train_epochs
         if state.global_step >= steps if steps > 0 else state.epoch >= epochs:
@@ -90,6 +93,7 @@ def check_streaming(
         "logit_adjustment": loss_args.logit_adjustment,
         "unmixed_epochs": training_args.unmixed_epochs,
         "unmasked_epochs": training_args.unmasked_epochs,
+        "initial_image_size": training_args.initial_image_size,
     }
     refused = [name for name, value in needing.items() if value]
     if refused:
@@ -137,6 +141,9 @@ def train(trainer: ViTTrainer, program: str) -> tuple[TrainOutput, float]:
         SystemExit: after an interruption, a loss that is not finite, or a checkpoint that could not be written.
     """
     args, start = trainer.args, time.perf_counter()
+    if args.overwrite and not args.resume_from_checkpoint and args.should_save:
+        for folder in Path(args.output_dir).glob("checkpoint-*"):
+            shutil.rmtree(folder)  # or an interrupted run would go on from another's
     try:
         output = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     except KeyboardInterrupt:

@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import Sampler
 
 
-class _EpochSampler(Sampler[int]):
+class EpochSampler(Sampler[int]):
     """Indices that depend on the seed and the epoch alone, so that processes agree and a resumed run goes on."""
 
     def __init__(self, length: int, seed: int):
@@ -22,7 +22,7 @@ class _EpochSampler(Sampler[int]):
         return torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
 
 
-class RepeatedAugmentationSampler(_EpochSampler):
+class RepeatedAugmentationSampler(EpochSampler):
     """Each image several times in a batch, and accordingly fewer images in an epoch of the same length.
 
     https://arxiv.org/abs/1901.09335, as DeiT uses it (https://arxiv.org/abs/2012.12877, section 6).
@@ -37,7 +37,7 @@ class RepeatedAugmentationSampler(_EpochSampler):
         yield from order.repeat_interleave(self.repeats)[: self.length].tolist()
 
 
-class ClassBalancedSampler(_EpochSampler):
+class ClassBalancedSampler(EpochSampler):
     """Every class equally often, however many images it has."""
 
     def __init__(self, labels: Sequence[int], seed: int):

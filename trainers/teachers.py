@@ -33,7 +33,7 @@ class Teacher:
         check_is_model(arguments.teacher, "teacher")
         origin = {"trust_remote_code": arguments.trust_teacher_code}
         processor = AutoImageProcessor.from_pretrained(arguments.teacher, **origin)
-        self.model = AutoModelForImageClassification.from_pretrained(arguments.teacher, **origin)
+        self.model = AutoModelForImageClassification.from_pretrained(arguments.teacher, dtype=torch.float32, **origin)
         self.model = self.model.requires_grad_(False).eval().to(device)
         names = [str(self.model.config.id2label[index]) for index in range(self.model.config.num_labels)]
         if arguments.teacher_labels_by_index and len(names) == len(labels):

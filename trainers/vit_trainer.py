@@ -7,7 +7,7 @@ and optimizers, samplers, averaged weights, and what changes in the course of a 
 import copy
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, set_seed
 
 from modeling_vit_custom.modeling_vit_custom import PatchDropout
 from trainers.ema import Ema
 from trainers.losses import Criterion, Targets
 from trainers.mixing import Mixing
 from trainers.optim import make_optimizer, parameter_groups
+from trainers.sampling import EpochSampler
 
 
 class TrainingDivergedError(Exception):
@@ -62,6 +63,18 @@ class ViTTrainer(Trainer):
         self.ema = Ema(self.model, self.args.ema_decay) if self.args.ema_decay else None
         self.image_size: tuple[int, int] | None = None  # to train at, if not the one that images come in
         self.add_callback(_Phases(self))
+        self.check_optimization()
+
+    def check_optimization(self) -> None:
+        """Raises ValueError now, not after all else is ready, if there is no such optimizer or schedule."""
+        try:
+            self.create_optimizer_and_scheduler(num_training_steps=100)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"lr_scheduler_type={str(self.args.lr_scheduler_type)!r} with "
+                f"lr_scheduler_kwargs={self.args.lr_scheduler_kwargs} makes no schedule: {error}"
+            ) from error
+        self.optimizer = self.lr_scheduler = None
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -75,7 +88,7 @@ class ViTTrainer(Trainer):
         args = self.args
         if args.lr_scheduler_type == "warmup_stable_decay":
             steps = args.decay_steps if args.decay_steps >= 1 else args.decay_steps * num_training_steps
-            args.lr_scheduler_kwargs = {"num_decay_steps": int(steps)} | (args.lr_scheduler_kwargs or {})
+            args.lr_scheduler_kwargs = (args.lr_scheduler_kwargs or {}) | {"num_decay_steps": int(steps)}
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
@@ -117,12 +130,17 @@ class ViTTrainer(Trainer):
             return
         trained = self.model
         with self.averaged_weights():
-            if is_peft_model(trained):
-                self.model = copy.deepcopy(trained).merge_and_unload()
+            self.model = self.published_model()
             try:
                 super().save_model(output_dir)
             finally:
                 self.model = trained
+
+    def published_model(self) -> PreTrainedModel:
+        """The model with low-rank changes merged, in a copy, or as it is if there are none."""
+        if isinstance(self.model, PreTrainedModel):
+            return self.model
+        return copy.deepcopy(self.model).merge_and_unload()
 
     def train(self, *args, **kwargs):
         """Train.
@@ -173,13 +191,27 @@ class _Phases(TrainerCallback):
         self.trainer = trainer
         if trainer.args.initial_image_size is not None:
             check_initial_image_size(trainer.args.initial_image_size, trainer.model.config)
+        self.steps_per_epoch = 1
         self.patch_dropouts = [module for module in trainer.model.modules() if isinstance(module, PatchDropout)]
         self.patch_dropout_rates = [module.rate for module in self.patch_dropouts]
 
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        # A stream does not know its length, and nothing is asked of it that would need one.
+        if isinstance(train_dataloader, Sized):
+            self.steps_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+        # Each process draws for its own images; the order of all images is drawn before.
+        if args.process_index:
+            set_seed(args.seed + args.process_index)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # In the middle of an epoch a resumed run with several processes does not say which one it is.
+        if isinstance(self.trainer.sampler, EpochSampler):
+            self.trainer.sampler.set_epoch(state.global_step // self.steps_per_epoch)
+
     def on_step_begin(self, args, state, control, **kwargs):
-        epochs_left = state.num_train_epochs * (1 - state.global_step / state.max_steps)
+        epochs_left = (state.max_steps - state.global_step) / self.steps_per_epoch
         if args.initial_image_size is not None:
-            growing = state.num_train_epochs - args.full_size_epochs
+            growing = state.max_steps / self.steps_per_epoch - args.full_size_epochs
             share = 1 - (epochs_left - args.full_size_epochs) / growing if growing > 0 else 1.0
             self.trainer.image_size = grown_size(args.initial_image_size, self.trainer.model.config, share)
         if self.trainer.mixing is not None:
@@ -195,11 +227,6 @@ class _Phases(TrainerCallback):
         loss = (logs or {}).get("loss", 0.0)
         if not torch.tensor(float(loss)).isfinite():
             raise TrainingDivergedError(f"the loss is {loss} at step {state.global_step}")
-
-
-def is_peft_model(model: torch.nn.Module) -> bool:
-    """Whether a model is trained by low-rank changes, which its checkpoints hold alone."""
-    return not isinstance(model, PreTrainedModel)
 
 
 def check_initial_image_size(initial_size: int, config: PreTrainedConfig) -> None:
