@@ -7,14 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import torch
-from benchmarks import fidelity, speed
+from benchmarks import fidelity, lift, speed
 from torch import nn
 
 
 FOLDER = Path(__file__).parent / "benchmarks"
-SCRIPTS = {"fidelity": fidelity, "speed": speed}
+SCRIPTS = {"fidelity": fidelity, "lift": lift, "speed": speed}
 QUICK = ["--image_size", "32", "--batch_size", "1", "--repeats", "2", "--warmup", "1", "--compile", "no"]
 QUICK += ["--device", "cpu", "--no_progress"]
 
@@ -121,3 +123,41 @@ def test_commands_of_the_readme_parse():
     assert {script for script, _ in commands} == set(SCRIPTS)
     for script, arguments in commands:
         SCRIPTS[script].parse_arguments(shlex.split(arguments))
+
+
+@pytest.fixture(scope="module")
+def ten_colours(tmp_path_factory) -> Path:
+    """Ten classes of 32-pixel images, 40 of each to train and 4 to test, that differ in brightness."""
+    folder = tmp_path_factory.mktemp("data")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("abcdefghij"))})
+    draw = np.random.default_rng(0)
+    for split, count in {"train": 40, "test": 4}.items():
+        labels = [index % 10 for index in range(10 * count)]
+        images = [draw.integers(0, 25, (32, 32, 3), dtype=np.uint8) + np.uint8(25 * label) for label in labels]
+        rows = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+        rows.to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+@pytest.mark.slow
+def test_lift_compares_runs_and_goes_on_where_it_ended(ten_colours: Path, tmp_path: Path, capsys):
+    argv = ["--dataset", str(ten_colours), "--folder", str(tmp_path / "runs"), "--output", str(tmp_path / "lift.md")]
+    argv += ["--epochs", "1", "--teacher_epochs", "1", "--images", "20", "--most", "40", "--ratio", "4"]
+    lift.main([*argv, "--seeds", "0"])
+    first = (tmp_path / "lift.jsonl").read_text().splitlines()
+    assert len(first) == 1 + 2 + 3  # a teacher, two students, three treatments
+    lift.main([*argv, "--seeds", "0", "1", "--experiments", "imbalance"])
+    assert (tmp_path / "lift.jsonl").read_text().splitlines()[:6] == first
+    records = [json.loads(line) for line in (tmp_path / "lift.jsonl").read_text().splitlines()]
+    assert len(records) == 6 + 3
+    assert all(np.mean(record["recall"]) == pytest.approx(record["accuracy"]) for record in records)
+    text = (tmp_path / "lift.md").read_text()
+    assert "Training images by class: 40, 34, 29, 25, 22, 19, 16, 14, 12, 10;" in text
+    assert text.count("| 0, 1 |") == 3
+
+
+def test_lift_measures_the_rare_classes():
+    records = [{"recall": [0.9] * 7 + [0.1, 0.2, 0.3], "accuracy": 0.69}, {"recall": [1.0] * 10, "accuracy": 1.0}]
+    assert lift.measure_rare_recall(records) == pytest.approx([0.2, 1.0])
+    assert lift.format_percent(np.array([0.25, 0.75])) == "50.00 ± 35.36 (25.00, 75.00)"
+    assert lift.format_percent(np.array([0.5])) == "50.00 (50.00)"

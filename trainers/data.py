@@ -373,7 +373,7 @@ def _check_images(splits: DatasetDict, arguments: DataArguments) -> DatasetDict:
 
 def _find_faults(split: Dataset, description: str) -> dict[int, str]:
     """What is wrong with the images, by row. Each of several processes reads its share and hears of the others'."""
-    rank, world = _process()
+    rank, world = _rank_and_world()
     rows = range(rank, len(split), world)
     found = zip(rows, _map_images(_find_fault, split.select(rows), description))
     shares = [{row: fault for row, fault in found if fault is not None}] * world
@@ -382,7 +382,7 @@ def _find_faults(split: Dataset, description: str) -> dict[int, str]:
     return dict(sorted(item for share in shares for item in share.items()))
 
 
-def _process() -> tuple[int, int]:
+def _rank_and_world() -> tuple[int, int]:
     """The number of this process and how many there are."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return 0, 1
@@ -391,7 +391,7 @@ def _process() -> tuple[int, int]:
 
 def _announce(message: str) -> None:
     """Once, however many processes there are."""
-    if _process()[0] == 0:
+    if _rank_and_world()[0] == 0:
         print(message)
 
 

@@ -66,6 +66,7 @@ MASKED = {
     "masked_autoencoder": AutoModelForPreTraining,
     "masked_image_modeling": AutoModelForMaskedImageModeling,
 }
+FINE_TUNING = {"masked_autoencoder": "mae_finetune", "masked_image_modeling": "finetune"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -166,7 +167,7 @@ def train_encoder(command: TrainingCommand, arguments: PretrainingArguments) -> 
     print(
         f"\nNext:\n"
         f"  read the card and the figures   {output_dir / 'README.md'}\n"
-        f"  fine-tune it                    python -m trainers.finetune --recipe mae_finetune "
+        f"  fine-tune it                    python -m trainers.finetune --recipe {FINE_TUNING[arguments.objective]} "
         f"--dataset path/to/images --model {shlex.quote(str(output_dir))}"
     )
 

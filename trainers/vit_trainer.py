@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, get_scheduler, set_seed
 
 from modeling_vit_custom.modeling_vit_custom import PatchDropout
+from trainers.arguments import TrainingArguments
 from trainers.ema import Ema
 from trainers.losses import Criterion, Targets
 from trainers.mixing import Mixing
@@ -50,7 +51,9 @@ class ViTTrainer(Trainer):
 
     def __init__(
         self,
-        *args,
+        model: torch.nn.Module,
+        args: TrainingArguments,
+        *,
         mixing: Mixing | None = None,
         criterion: Criterion | None = None,
         augmentation: Callable[[Tensor], Tensor] | None = None,
@@ -58,37 +61,21 @@ class ViTTrainer(Trainer):
         sampler: Sampler | None = None,
         **kwargs,
     ):
-        super().__init__(*args, compute_loss_func=criterion, **kwargs)
+        check_optimization(model, args)
+        check_initial_image_size(args.initial_image_size, model.config)
+        super().__init__(model, args, compute_loss_func=criterion, **kwargs)
         self.augmentation, self.mixing, self.teacher, self.sampler = augmentation, mixing, teacher, sampler
         self.ema = Ema(self.model, self.args.ema_decay) if self.args.ema_decay else None
         self.image_size: tuple[int, int] | None = None  # to train at, if not the one that images come in
         self.add_callback(_Phases(self))
-        self.check_optimization()
-
-    def check_optimization(self) -> None:
-        """Raises ValueError now, not after all else is ready, if there is no such optimizer or schedule."""
-        try:
-            self.create_optimizer_and_scheduler(num_training_steps=100)
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"lr_scheduler_type={str(self.args.lr_scheduler_type)!r} with "
-                f"lr_scheduler_kwargs={self.args.lr_scheduler_kwargs} makes no schedule: {error}"
-            ) from error
-        self.optimizer = self.lr_scheduler = None
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            args = self.args
-            groups = parameter_groups(model or self.model, args.learning_rate, args.weight_decay, args.layer_decay)
-            betas = (args.adam_beta1, args.adam_beta2)
-            self.optimizer = make_optimizer(args.optimizer, groups, betas, args.adam_epsilon, args.momentum)
+            self.optimizer = create_optimizer(model or self.model, self.args)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None) -> torch.optim.lr_scheduler.LRScheduler:
-        args = self.args
-        if args.lr_scheduler_type == "warmup_stable_decay":
-            steps = args.decay_steps if args.decay_steps >= 1 else args.decay_steps * num_training_steps
-            args.lr_scheduler_kwargs = (args.lr_scheduler_kwargs or {}) | {"num_decay_steps": int(steps)}
+        self.args.lr_scheduler_kwargs = schedule_options(self.args, num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
@@ -189,15 +176,13 @@ class _Phases(TrainerCallback):
 
     def __init__(self, trainer: ViTTrainer):
         self.trainer = trainer
-        if trainer.args.initial_image_size is not None:
-            check_initial_image_size(trainer.args.initial_image_size, trainer.model.config)
         self.steps_per_epoch = 1
         self.patch_dropouts = [module for module in trainer.model.modules() if isinstance(module, PatchDropout)]
         self.patch_dropout_rates = [module.rate for module in self.patch_dropouts]
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         # A stream does not know its length, and nothing is asked of it that would need one.
-        if isinstance(train_dataloader, Sized):
+        if isinstance(self.trainer.train_dataset, Sized):
             self.steps_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
         # Each process draws for its own images; the order of all images is drawn before.
         if args.process_index:
@@ -229,8 +214,45 @@ class _Phases(TrainerCallback):
             raise TrainingDivergedError(f"the loss is {loss} at step {state.global_step}")
 
 
-def check_initial_image_size(initial_size: int, config: PreTrainedConfig) -> None:
+def create_optimizer(model: torch.nn.Module, args: TrainingArguments) -> torch.optim.Optimizer:
+    """Raises ValueError if there is nothing to optimize, or not in that way."""
+    groups = parameter_groups(model, args.learning_rate, args.weight_decay, args.layer_decay)
+    betas = (args.adam_beta1, args.adam_beta2)
+    return make_optimizer(args.optimizer, groups, betas, args.adam_epsilon, args.momentum)
+
+
+def schedule_options(args: TrainingArguments, num_training_steps: int) -> dict:
+    """What a schedule asks for besides warm-up and length."""
+    options = dict(args.lr_scheduler_kwargs or {})
+    if args.lr_scheduler_type == "warmup_stable_decay":
+        steps = args.decay_steps if args.decay_steps >= 1 else args.decay_steps * num_training_steps
+        options["num_decay_steps"] = int(steps)
+    return options
+
+
+def check_optimization(model: torch.nn.Module, args: TrainingArguments) -> None:
+    """Raises ValueError, before anything is written, if there is no such optimizer or schedule."""
+    steps = 100
+    options = schedule_options(args, steps)
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            create_optimizer(model, args),
+            args.get_warmup_steps(steps),
+            steps,
+            scheduler_specific_kwargs=options,
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"lr_scheduler_type={args.lr_scheduler_type.value!r} with lr_scheduler_kwargs={options} makes no schedule: "
+            f"{error}"
+        ) from error
+
+
+def check_initial_image_size(initial_size: int | None, config: PreTrainedConfig) -> None:
     """Raises ValueError if a run cannot start with smaller images."""
+    if initial_size is None:
+        return
     if not hasattr(config, "native_size"):
         raise ValueError(f"initial_image_size={initial_size} needs a vit_custom model, not {config.model_type}")
     if not 0 < initial_size <= min(config.native_size):
