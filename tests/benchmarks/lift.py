@@ -43,9 +43,9 @@ RARE_CLASSES = 3
 SHORT = "--crop_padding 4 --horizontal_flip 0.5 --label_smoothing 0.1 --per_device_train_batch_size 128 "
 SHORT += "--per_device_eval_batch_size 500 --weight_decay 0.05 --bf16 true --save_strategy no --validation_fraction 0"
 STUDENT = "--model deit_nano_distilled_patch4_32 --config_overrides attn_implementation=eager "
-STUDENT += f"--optimizer muon --learning_rate 4e-3 {SHORT}"
+STUDENT += f"--optimizer muon --learning_rate 2e-3 {SHORT}"
 CLASSIFIER = "--model vit_nano_patch4_32 --config_overrides attn_implementation=eager pooling=mean "
-CLASSIFIER += f"use_class_token=false --optimizer muon --learning_rate 4e-3 {SHORT}"
+CLASSIFIER += f"use_class_token=false --optimizer muon --learning_rate 2e-3 {SHORT}"
 # AdamW at 64 pixels, since a ResNet's first layers make its images four times smaller.
 TEACHER = f"--optimizer adamw --learning_rate 2e-3 {SHORT}"
 # Experiment -> name of a run -> its options; the first is what the others are compared with.
