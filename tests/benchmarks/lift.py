@@ -172,7 +172,7 @@ def predict(folder: Path, data: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def format_results(records: Records, arguments: argparse.Namespace) -> str:
     lines = ["# Distillation and unbalanced classes", format_environment(records.environment)]
-    for experiment in arguments.experiments:
+    for experiment in [name for name in EXPERIMENTS if any(record["experiment"] == name for record in records)]:
         counts = ", ".join(map(str, class_counts(experiment, arguments)))
         lines.append(f"## {experiment.capitalize()}\n\nTraining images by class: {counts}; tested on all test images.")
         alone, *others = RUNS[experiment]
