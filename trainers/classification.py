@@ -18,7 +18,6 @@ from trainers.arguments import (
     report_user_errors,
     write_recipe,
 )
-from trainers.augmentation import Augmentation, Crop
 from trainers.data import (
     LABEL,
     TEST,
@@ -26,16 +25,13 @@ from trainers.data import (
     VALIDATION,
     collate,
     label_names,
-    processor_transform,
     sample_images,
-    training_images,
-    with_transform,
 )
 from trainers.losses import Criterion, effective_number_weights, logit_adjustment
 from trainers.metrics import compute_metrics, count_confusions
 from trainers.mixing import Mixing
 from trainers.models import make_model, read_processor
-from trainers.runs import check_output_dir, describe, gather_facts, load_training_splits, train
+from trainers.runs import check_output_dir, describe, gather_facts, load_training_splits, prepare_images, train
 from trainers.sampling import ClassBalancedSampler, RepeatedAugmentationSampler
 from trainers.teachers import Teacher
 from trainers.vit_trainer import ViTTrainer
@@ -55,16 +51,7 @@ def train_classifier(command: TrainingCommand) -> None:
         splits = load_training_splits(command)
         model, processor = make_model(command.model, label_names(splits))
         size, mean, std = read_processor(processor)
-        crop, augmentation = Crop(command.augmentation, size), Augmentation(command.augmentation, mean, std)
-        on_device = command.augmentation.augment_on_device
-        train_dataset = training_images(
-            splits[TRAIN], crop, None if on_device else augmentation, on_corrupt=command.data.on_corrupt
-        )
-        evaluated = {
-            name: with_transform(split, processor_transform(processor), command.data.on_corrupt)
-            for name, split in splits.items()
-            if name != TRAIN
-        }
+        train_dataset, augmentation, evaluated = prepare_images(command, splits, processor)
         labels = [] if command.data.streaming else splits[TRAIN][LABEL][:]
         counts = torch.bincount(torch.tensor(labels, dtype=torch.long), minlength=model.config.num_labels)
         trainer = ViTTrainer(
@@ -75,7 +62,7 @@ def train_classifier(command: TrainingCommand) -> None:
             eval_dataset=evaluated.get(VALIDATION),
             processing_class=processor,
             compute_metrics=compute_metrics,
-            augmentation=augmentation if on_device else None,
+            augmentation=augmentation,
             mixing=make_mixing(command.augmentation, command.loss, model.config.num_labels),
             criterion=make_criterion(command.loss, counts),
             sampler=make_sampler(command.augmentation, command.loss, labels, training_args.seed),
@@ -91,7 +78,9 @@ def train_classifier(command: TrainingCommand) -> None:
 
     # The split that nothing was chosen on speaks for the model.
     reported = TEST if TEST in evaluated else VALIDATION
-    predictions = {name: trainer.predict(split, metric_key_prefix=name) for name, split in evaluated.items()}
+    predictions = {
+        name: trainer.predict(evaluated[name], metric_key_prefix=name) for name in evaluated if name != TRAIN
+    }
     for name, prediction in predictions.items():
         trainer.save_metrics(name, prediction.metrics)
     trainer.save_model()

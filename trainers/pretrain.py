@@ -29,7 +29,6 @@ from trainers.arguments import (
     report_user_errors,
     write_recipe,
 )
-from trainers.augmentation import Augmentation, Crop
 from trainers.classification import make_sampler, train_classifier
 from trainers.data import (
     LABEL,
@@ -37,15 +36,12 @@ from trainers.data import (
     TRAIN,
     VALIDATION,
     collate,
-    processor_transform,
-    training_images,
-    with_transform,
 )
 from trainers.image_ops import to_arrays
 from trainers.models import make_model, read_processor
 from trainers.probing import probe
 from trainers.reconstruction import reconstruct
-from trainers.runs import check_output_dir, describe, gather_facts, load_training_splits, train
+from trainers.runs import check_output_dir, describe, gather_facts, load_training_splits, prepare_images, train
 from trainers.vit_trainer import ViTTrainer
 
 
@@ -95,15 +91,7 @@ def train_encoder(command: TrainingCommand, arguments: PretrainingArguments) -> 
         splits = load_training_splits(command, needs_labels=False)
         model, processor = make_model(command.model, auto_class=MASKED[arguments.objective])
         size, mean, std = read_processor(processor)
-        crop, augmentation = Crop(command.augmentation, size), Augmentation(command.augmentation, mean, std)
-        on_device = command.augmentation.augment_on_device
-        train_dataset = training_images(
-            splits[TRAIN], crop, None if on_device else augmentation, on_corrupt=command.data.on_corrupt
-        )
-        evaluated = {
-            name: with_transform(split, processor_transform(processor), command.data.on_corrupt)
-            for name, split in splits.items()
-        }
+        train_dataset, augmentation, evaluated = prepare_images(command, splits, processor)
         judging = next((name for name in (VALIDATION, TEST) if name in splits), None)
         # Only their number counts here.
         labels = [] if streaming else range(len(splits[TRAIN]))
@@ -116,7 +104,7 @@ def train_encoder(command: TrainingCommand, arguments: PretrainingArguments) -> 
             train_dataset=train_dataset,
             eval_dataset=evaluated.get(judging),
             processing_class=processor,
-            augmentation=augmentation if on_device else None,
+            augmentation=augmentation,
             sampler=make_sampler(command.augmentation, command.loss, labels, training_args.seed),
         )
     if trainer.is_world_process_zero():

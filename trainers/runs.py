@@ -8,15 +8,27 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import Dataset
-from transformers import PreTrainedModel, TrainerState
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import BaseImageProcessor, PreTrainedModel, TrainerState
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from model_cards.environment import describe_hardware, library_versions
 from modeling_vit_custom import list_presets
 from trainers import ema
 from trainers.arguments import AugmentationArguments, LossArguments, TrainingArguments, TrainingCommand
-from trainers.data import BUILT_IN_TITLES, TRAIN, VALIDATION, Splits, load_splits
+from trainers.augmentation import Augmentation, Crop
+from trainers.data import (
+    BUILT_IN_TITLES,
+    TRAIN,
+    VALIDATION,
+    Splits,
+    load_splits,
+    processor_transform,
+    training_images,
+    with_transform,
+)
+from trainers.models import read_processor
 from trainers.vit_trainer import CheckpointNotWrittenError, TrainingDivergedError, ViTTrainer
 
 
@@ -78,6 +90,29 @@ def load_training_splits(command: TrainingCommand, needs_labels: bool = True) ->
     if VALIDATION not in splits:
         train_without_validation(training_args)
     return splits
+
+
+def prepare_images(
+    command: TrainingCommand, splits: Splits, processor: BaseImageProcessor
+) -> tuple[torch.utils.data.Dataset, Augmentation | None, dict[str, Dataset | IterableDataset]]:
+    """Images to train on, how the training device augments them, and every split as the published processor makes it.
+
+    There is no augmentation on the device where the data loader's workers do it.
+
+    Raises:
+        ValueError: if the processor or the augmentation's arguments do not fit.
+    """
+    size, mean, std = read_processor(processor)
+    crop, augmentation = Crop(command.augmentation, size), Augmentation(command.augmentation, mean, std)
+    on_device = command.augmentation.augment_on_device
+    train_dataset = training_images(
+        splits[TRAIN], crop, None if on_device else augmentation, on_corrupt=command.data.on_corrupt
+    )
+    evaluated = {
+        name: with_transform(split, processor_transform(processor), command.data.on_corrupt)
+        for name, split in splits.items()
+    }
+    return train_dataset, augmentation if on_device else None, evaluated
 
 
 def check_streaming(
