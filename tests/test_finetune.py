@@ -179,8 +179,13 @@ def test_checkpoints_of_a_run_that_ended_early_are_kept(tmp_path, capsys):
 def test_a_run_goes_on_where_it_ended(tmp_path, capsys):
     argv = ["--recipe", "quickstart", "--output_dir", str(tmp_path), "--save_strategy", "steps", "--save_steps", "2"]
     finetune([*argv, *SHORT])
+    state_file = tmp_path / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(state_file.read_text())
+    state["stateful_callbacks"]["WallTime"]["attributes"]["seconds"] += 3600
+    state_file.write_text(json.dumps(state))
     finetune([*argv, *SHORT, "--max_steps", "3", "--resume_from_checkpoint", "true"])
     assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 3
+    assert "| Wall time | 1 h 00 min |" in (tmp_path / "README.md").read_text()
     (saved,) = tmp_path.glob("checkpoint-*")
     again = [*argv, *SHORT, "--resume_from_checkpoint", str(saved)]
     assert "nothing is left to train" in error_of(capsys, again)

@@ -314,6 +314,10 @@ class PretrainingTrainingArguments(TrainingArguments):
     output_dir: str = field(default="runs/pretrain", metadata={"help": "Where the model, card and figures go."})
 
 
+# What each script asks for, before its training arguments.
+COMMON_GROUPS = (ModelArguments, DataArguments, AugmentationArguments, LossArguments)
+
+
 @dataclass
 class TrainingCommand:
     """All that a training script was told.

@@ -6,10 +6,7 @@ Leaves a folder that the Auto classes and pipelines open: weights, code, image p
 import sys
 
 from trainers.arguments import (
-    AugmentationArguments,
-    DataArguments,
-    LossArguments,
-    ModelArguments,
+    COMMON_GROUPS,
     TrainingArguments,
     TrainingCommand,
     parse_arguments,
@@ -33,7 +30,7 @@ EXAMPLES = f"""\
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    groups = [ModelArguments, DataArguments, AugmentationArguments, LossArguments, TrainingArguments]
+    groups = [*COMMON_GROUPS, TrainingArguments]
     with report_user_errors("finetune"):
         command = TrainingCommand("finetune", argv, *parse_arguments(groups, argv, PROGRAM, __doc__, EXAMPLES))
     train_classifier(command)

@@ -10,10 +10,7 @@ from transformers import set_seed
 
 from model_cards.figures import plot_images
 from trainers.arguments import (
-    AugmentationArguments,
-    DataArguments,
-    LossArguments,
-    ModelArguments,
+    COMMON_GROUPS,
     PretrainingArguments,
     PretrainingTrainingArguments,
     parse_arguments,
@@ -54,22 +51,14 @@ class GalleryArguments:
 
 
 SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
-GROUPS = [
-    GalleryArguments,
-    ModelArguments,
-    DataArguments,
-    AugmentationArguments,
-    LossArguments,
-    PretrainingArguments,
-    PretrainingTrainingArguments,
-]
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
+    groups = [GalleryArguments, PretrainingArguments, *COMMON_GROUPS, PretrainingTrainingArguments]
     with report_user_errors("gallery"):
-        arguments, model_args, data_args, augmentation_args, loss_args, pretraining_args, training_args, _ = (
-            parse_arguments(GROUPS, argv, PROGRAM, __doc__, EXAMPLES)
+        arguments, pretraining_args, model_args, data_args, augmentation_args, loss_args, training_args, _ = (
+            parse_arguments(groups, argv, PROGRAM, __doc__, EXAMPLES)
         )
         if data_args.streaming:
             raise ValueError("--streaming true has no images to choose from: leave it out")

@@ -18,10 +18,8 @@ from transformers import AutoModelForMaskedImageModeling, AutoModelForPreTrainin
 
 from model_cards.card import FEATURES, METRIC_TITLES, TrainingRun, write_card
 from trainers.arguments import (
-    AugmentationArguments,
-    DataArguments,
+    COMMON_GROUPS,
     LossArguments,
-    ModelArguments,
     PretrainingArguments,
     PretrainingTrainingArguments,
     TrainingCommand,
@@ -67,9 +65,9 @@ FINE_TUNING = {"masked_autoencoder": "mae_finetune", "masked_image_modeling": "f
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    groups = [ModelArguments, DataArguments, AugmentationArguments, LossArguments, PretrainingTrainingArguments]
+    groups = [PretrainingArguments, *COMMON_GROUPS, PretrainingTrainingArguments]
     with report_user_errors("pretrain"):
-        arguments, *rest = parse_arguments([PretrainingArguments, *groups], argv, PROGRAM, __doc__, EXAMPLES)
+        arguments, *rest = parse_arguments(groups, argv, PROGRAM, __doc__, EXAMPLES)
         command = TrainingCommand("pretrain", argv, *rest)
     if arguments.objective == "supervised":
         train_classifier(command)

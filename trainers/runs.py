@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import BaseImageProcessor, PreTrainedModel, TrainerState
+from transformers import BaseImageProcessor, PreTrainedModel, TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from model_cards.environment import describe_hardware, library_versions
@@ -175,7 +176,8 @@ def train(trainer: ViTTrainer, program: str) -> tuple[TrainOutput, float]:
     Raises:
         SystemExit: after an interruption, a loss that is not finite, or a checkpoint that could not be written.
     """
-    args, start = trainer.args, time.perf_counter()
+    args = trainer.args
+    trainer.add_callback(WallTime())
     if args.overwrite and not args.resume_from_checkpoint and args.should_save:
         for folder in Path(args.output_dir).glob("checkpoint-*"):
             shutil.rmtree(folder)  # or an interrupted run would go on from another's
@@ -196,7 +198,29 @@ def train(trainer: ViTTrainer, program: str) -> tuple[TrainOutput, float]:
             f"{saved} is complete: go on from it by --resume_from_checkpoint true" if saved else "there is none before"
         )
         raise SystemExit(f"{program}: error: {error}; {kept}") from error
-    return output, time.perf_counter() - start
+    return output, WallTime.read(trainer.state)
+
+
+class WallTime(TrainerCallback, ExportableState):
+    """Seconds of training, kept in the Trainer's state: those of a resumed run go on from its checkpoint's."""
+
+    def __init__(self):
+        self.seconds, self.start = 0.0, time.perf_counter()
+
+    @classmethod
+    def read(cls, state: TrainerState) -> float:
+        saved = state.stateful_callbacks.get(cls.__name__)
+        return saved["attributes"]["seconds"] if saved else 0.0
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"seconds": self.seconds + time.perf_counter() - self.start}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.seconds, self.start = self.read(state), time.perf_counter()
+        state.stateful_callbacks[type(self).__name__] = self.state()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        state.stateful_callbacks[type(self).__name__] = self.state()
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
