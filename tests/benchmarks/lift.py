@@ -45,7 +45,8 @@ SHORT += "--per_device_eval_batch_size 500 --weight_decay 0.05 --bf16 true --sav
 STUDENT = "--model deit_nano_distilled_patch4_32 --config_overrides attn_implementation=eager "
 STUDENT += f"--optimizer muon --learning_rate 2e-3 {SHORT}"
 CLASSIFIER = "--model vit_nano_patch4_32 --config_overrides attn_implementation=eager pooling=mean "
-CLASSIFIER += f"use_class_token=false --optimizer muon --learning_rate 2e-3 {SHORT}"
+CLASSIFIER += "use_class_token=false --optimizer muon --learning_rate 2e-3 --initial_image_size 16 "
+CLASSIFIER += f"--full_size_epochs 3 {SHORT}"
 # AdamW at 64 pixels, since a ResNet's first layers make its images four times smaller.
 TEACHER = f"--optimizer adamw --learning_rate 2e-3 {SHORT}"
 # Experiment -> name of a run -> its options; the first is what the others are compared with.
