@@ -521,3 +521,14 @@ def test_space_requires_what_the_project_requires():
     requirements = [line for line in lines if line and not line.startswith("#")]
     assert requirements
     assert [line for line in requirements if f'"{line}"' not in project] == []
+
+
+def test_the_model_that_comes_with_the_demo_is_small_and_whole(app):
+    folder = ROOT / "spaces" / "model"
+    assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) <= 8e6
+    classifier = app.load_classifier(str(folder))
+    assert classifier.model.dtype == torch.float32
+    assert "truck" in classifier.labels
+    probabilities = classifier.classify(Image.new("RGB", (32, 32), (90, 160, 250)), 10)
+    assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
+    assert max(probabilities.values()) > 0.2
