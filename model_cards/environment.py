@@ -10,10 +10,12 @@ import torch
 LIBRARIES = {"PyTorch": "torch", "transformers": "transformers", "datasets": "datasets", "accelerate": "accelerate"}
 
 
-def describe_hardware() -> str:
-    """The accelerators, or the processor and the threads that PyTorch uses of it."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+def describe_hardware(device: torch.device, num_processes: int = 1) -> str:
+    """The accelerators, one for each process, or the processor and the threads that PyTorch uses of it."""
+    if device.type == "cuda":
+        return f"{num_processes} x {torch.cuda.get_device_name(device)}"
+    if device.type != "cpu":
+        return f"{num_processes} x {device.type} of {cpu_model()}"
     count = torch.get_num_threads()
     return f"{count} thread{'s' if count > 1 else ''} of {cpu_model()}"
 

@@ -964,7 +964,13 @@ class BatchNormHead(nn.Module):
         self.classifier = ClassificationHead(config.hidden_size, config.num_labels)
 
     def forward(self, pooled: Tensor, hidden_states: Tensor) -> tuple[Tensor, None, None]:
-        return self.classifier(self.batch_norm(pooled)), None, None
+        if self.training and len(pooled) == 1:
+            # One row has no deviation: an epoch's last batch is standardised as in evaluation.
+            norm = self.batch_norm
+            standardized = F.batch_norm(pooled, norm.running_mean, norm.running_var, eps=norm.eps)
+        else:
+            standardized = self.batch_norm(pooled)
+        return self.classifier(standardized), None, None
 
 
 class DistilledHead(nn.Module):

@@ -23,8 +23,8 @@ def _deit_distilled(*args, **fields) -> dict:
 
 
 def _deit3(*args, **fields) -> dict:
-    """A ViT with layer scale (DeiT III, https://arxiv.org/abs/2204.07118, section 3)."""
-    return _vit(*args, layer_scale_init_value=1e-6, **fields)
+    """A ViT with layer scale from the value of its authors' code (DeiT III, https://arxiv.org/abs/2204.07118)."""
+    return _vit(*args, layer_scale_init_value=1e-4, **fields)
 
 
 def _pvt(depths: list[int], size: int = 224, **fields) -> dict:

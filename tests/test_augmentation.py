@@ -1,6 +1,7 @@
 """Crops, policies and erasing: what they do to a batch, and that each image has parameters of its own."""
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,12 +10,14 @@ from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from torch.nn.functional import pad
 
+from trainers import image_ops
 from trainers.arguments import AugmentationArguments
 from trainers.augmentation import RAND_AUGMENT, Augmentation, Crop, apply, erase, jitter_colors, make_policy, shift
 
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 FILL = torch.tensor([128.0, 102.0, 76.0])
+WARP = partial(image_ops.affine, fill=FILL)
 
 
 def random_pixels(count: int, size: tuple[int, int] = (16, 16), same: bool = False) -> torch.Tensor:
@@ -69,7 +72,7 @@ def test_operations_go_to_the_images_that_chose_them():
     operations = [operation for operation, _ in RAND_AUGMENT.values()]
     names = list(RAND_AUGMENT)
     choice = torch.tensor([names.index("Invert"), -1, names.index("Rotate"), -1, names.index("Brightness"), -1])
-    changed = apply(pixels, operations, choice, torch.tensor([0.0, 0, 180, 0, 0.5, 0]), FILL)
+    changed = apply(pixels, operations, choice, torch.tensor([0.0, 0, 180, 0, 0.5, 0]), WARP)
     assert torch.equal(changed[0], 255 - pixels[0])
     assert torch.equal(changed[2], pixels[2].flip(1, 2))
     assert torch.equal(changed[4], (pixels[4] * 0.5).floor())
@@ -83,9 +86,10 @@ def test_rand_augment_changes_as_much_as_timms():
     image = ((smooth - smooth.min()) / (smooth.max() - smooth.min()) * 255).astype(np.uint8)
     pixels = torch.from_numpy(image).permute(2, 0, 1).float()
     random.seed(0)
-    theirs = rand_augment_transform("rand-m9-mstd0.5-inc1", {"img_mean": tuple(FILL.int().tolist())})
+    options = {"img_mean": tuple(FILL.int().tolist()), "interpolation": Image.Resampling.BILINEAR}
+    theirs = rand_augment_transform("rand-m9-mstd0.5-inc1", options)
     expected = [np.abs(np.asarray(theirs(Image.fromarray(image))).astype(float) - image).mean() for _ in range(3000)]
-    changed = make_policy("rand-m9-mstd0.5-inc1")(pixels.expand(3000, -1, -1, -1), FILL)
+    changed = make_policy("rand-m9-mstd0.5-inc1")(pixels.expand(3000, -1, -1, -1), WARP)
     ours = (changed - pixels).abs().mean(dim=(1, 2, 3))
     assert ours.mean().item() == pytest.approx(np.mean(expected), rel=0.05)
     assert (ours == 0).float().mean().item() == pytest.approx(np.mean(np.array(expected) == 0), abs=0.03)

@@ -1,5 +1,6 @@
 """The training script: what it leaves behind, what it refuses, and how recipes and flags combine."""
 
+import io
 import json
 import os
 import re
@@ -8,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -16,6 +19,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import (
     AutoModelForImageClassification,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -34,13 +39,14 @@ from trainers.arguments import (
     list_recipes,
     parse_arguments,
     read_recipe,
+    write_recipe,
 )
 from trainers.augmentation import Augmentation, Crop
 from trainers.data import load_splits, processor_transform
 from trainers.finetune import main as finetune
 from trainers.models import make_model, parse_overrides, read_processor
 from trainers.pretrain import main as pretrain
-from trainers.runs import hide_folders, last_checkpoint
+from trainers.runs import format_command, hide_folders, last_checkpoint
 
 
 SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "8", "--disable_tqdm", "true", "--report_to", "none"]
@@ -152,6 +158,20 @@ def test_a_run_can_be_repeated_from_its_own_folder(checkpoint):
     assert {**parse(["--recipe", str(recipe)])[-1], "output_dir": "runs/digits"} == first
 
 
+def test_a_repeated_run_replaces_nothing(tmp_path):
+    """What was said of one output folder is not said of the next."""
+    given = {"learning_rate": 0.1, "output_dir": "a", "overwrite": True, "resume_from_checkpoint": "true"}
+    write_recipe(tmp_path / "recipe.yaml", given)
+    assert read_recipe(str(tmp_path / "recipe.yaml")) == {"learning_rate": 0.1}
+
+
+def test_commands_of_many_processes_say_how_they_were_started(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert format_command("finetune", ["--bf16", "true"]) == "python -m trainers.finetune --bf16 true"
+    assert format_command("pretrain", [], 4) == "torchrun --nproc_per_node 4 -m trainers.pretrain "
+    assert format_command("pretrain", [], 8) == "torchrun --nnodes 2 --nproc_per_node 4 -m trainers.pretrain "
+
+
 @pytest.mark.parametrize(
     ("argument", "shown"),
     [
@@ -191,6 +211,54 @@ def test_a_run_goes_on_where_it_ended(tmp_path, capsys):
     assert "nothing is left to train" in error_of(capsys, again)
 
 
+def test_weights_alone_are_not_resumed(tmp_path, capsys):
+    argv = ["--recipe", "quickstart", "--output_dir", str(tmp_path), "--save_strategy", "steps", "--save_steps", "1"]
+    finetune([*argv, *SHORT, "--save_only_model", "true"])
+    again = [*argv, *SHORT, "--max_steps", "9", "--resume_from_checkpoint", "true"]
+    assert "holds weights alone: fine-tune it by --model, or start again" in error_of(capsys, again)
+
+
+def test_a_run_of_another_optimizer_is_not_resumed(tmp_path, capsys):
+    argv = ["--recipe", "quickstart", "--output_dir", str(tmp_path), "--save_strategy", "steps", "--save_steps", "1"]
+    finetune([*argv, *SHORT])
+    again = [*argv, *SHORT, "--max_steps", "9", "--resume_from_checkpoint", "true", "--optimizer", "sgd"]
+    with pytest.raises(SystemExit) as ended:
+        finetune(again)
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch("finetune: error: .* is of another optimizer: .*: resume with the arguments it had", last)
+
+
+def test_a_classifier_of_several_heads_is_trained(tmp_path):
+    """DeiT's of transformers computes no loss, and gives the logits of its two heads as well."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = DeiTConfig(**sizes, image_size=8, patch_size=4, num_labels=3)
+    DeiTForImageClassificationWithTeacher(config).save_pretrained(tmp_path / "deit")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "deit")
+    out = tmp_path / "out"
+    finetune(["--dataset", "digits", "--model", str(tmp_path / "deit"), "--output_dir", str(out), *SHORT])
+    assert 0 <= json.loads((out / "all_results.json").read_text())["validation_accuracy"] <= 1
+    assert "Macro F1" in (out / "README.md").read_text()
+
+
+def test_a_broken_image_of_a_stream_ends_in_one_line(tmp_path):
+    good = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(good, "png")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    images = [{"bytes": good.getvalue() if row != 5 else b"nothing", "path": f"{row}.png"} for row in range(8)]
+    rows = datasets.Dataset.from_dict({"image": images, "label": [0, 1] * 4}, features=features)
+    (tmp_path / "data").mkdir()
+    rows.to_parquet(tmp_path / "data" / "train.parquet")
+    argv = ["--dataset", str(tmp_path / "data"), "--model", "vit_nano_patch2_8", "--output_dir", str(tmp_path / "out")]
+    argv += ["--streaming", "true", "--max_steps", "9", "--validation_fraction", "0", "--dataloader_num_workers", "1"]
+    command = [sys.executable, "-m", "trainers.pretrain", *argv, "--objective", "masked_autoencoder"]
+    ended = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    line = r"^pretrain: error: image 5\.png of the stream .*; --on_corrupt skip leaves it out$"
+    assert re.search(line, ended.stderr, re.MULTILINE)
+
+
 def test_what_cannot_be_written_to_is_found_before_training(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     argv = ["--dataset", "digits", "--model", "vit_nano_patch2_8", "--output_dir"]
@@ -202,7 +270,9 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path):
     argv = ["--recipe", "quickstart", "--output_dir", str(tmp_path), "--save_strategy", "steps", "--save_steps", "2"]
     command = [sys.executable, "-m", "trainers.finetune", *argv, "--disable_tqdm", "true"]
     log, deadline = tmp_path / "log", time.monotonic() + 120
-    with log.open("w") as stderr, subprocess.Popen(command, env=os.environ, stderr=stderr) as process:
+    # What runs in the background ignores this signal, and so would what it starts.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with log.open("w") as stderr, subprocess.Popen(command, stderr=stderr, preexec_fn=heed) as process:
         try:
             while not list(tmp_path.glob("checkpoint-*/trainer_state.json")):
                 assert process.poll() is None
@@ -261,6 +331,11 @@ def test_a_full_output_folder_is_not_replaced(checkpoint, capsys):
         (["--recipe", "quickstart", "--model", "runs/nothing"], "there is no model 'runs/nothing'"),
         (["--recipe", "quickstart", "--per_device_train_batch_size", "0"], "per_device_train_batch_size=0 must be"),
         (["--recipe", "quickstart", "--num_train_epochs", "0"], "num_train_epochs=0.0 must be above 0"),
+        (
+            ["--recipe", "quickstart", "--metric_for_best_model", "acuracy"],
+            "metric_for_best_model='acuracy' must be one of loss, accuracy, balanced_accuracy, macro_f1",
+        ),
+        (["--recipe", "quickstart", "--new_head", "true"], "--new_head true needs a checkpoint"),
         (["--recipe", "quickstart", "--learning_rate", "-1"], "learning_rate=-1.0 must be above 0"),
         (["--recipe", "quickstart", "--remove_unused_columns", "true"], "would drop the images"),
         (["--recipe", "quickstart", "--hub_token", "hf_secret"], "run `hf auth login` instead"),

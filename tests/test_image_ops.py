@@ -79,6 +79,18 @@ def test_geometry_is_pillows_within_a_level(operation, change, magnitudes):
     assert (moved - by_pillow(change, magnitudes)).abs().max() <= 1
 
 
+def test_bicubic_moves_are_closer_to_pillows_than_bilinear_ones():
+    """Not the same: Pillow's cubic is that of Catmull and Rom (a = -0.5), PyTorch's is sharper (a = -0.75)."""
+    magnitudes = torch.tensor([-30.0, -7, 0, 3, 15, 30, 90, 145])
+    expected = by_pillow(lambda image, m: image.rotate(m, Image.Resampling.BICUBIC, fillcolor=FILL), magnitudes)
+    matrix = image_ops.rotate(magnitudes, (24, 20))
+    distance = {
+        name: (image_ops.affine(BATCH, matrix, torch.tensor(FILL).float(), name) - expected).abs().mean()
+        for name in ("bilinear", "bicubic")
+    }
+    assert distance["bicubic"] < distance["bilinear"] / 2
+
+
 def test_larger_by_two_about_the_centre():
     image = torch.zeros(1, 1, 8, 8)
     image[:, :, 3:5, 3:5] = 200

@@ -1,11 +1,26 @@
 """Models to train: which of their weights, and what is published of them."""
 
+import re
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from test_vit_trainer import make_trainer
 from tiny_models import ARCHITECTURES, random_images, tiny_model
-from transformers import ResNetConfig, ResNetForImageClassification, TimmWrapperConfig, ViTImageProcessor
+from transformers import (
+    AutoImageProcessor,
+    DeiTImageProcessor,
+    ResNetConfig,
+    ResNetForImageClassification,
+    SiglipConfig,
+    SiglipForImageClassification,
+    SiglipImageProcessor,
+    TimmWrapperConfig,
+    ViTImageProcessor,
+)
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 
 from modeling_vit_custom import ViTCustomForImageClassification
@@ -26,6 +41,10 @@ def checkpoint(request, tmp_path):
 def make(checkpoint, **fields):
     model, _ = make_model(ModelArguments(model=str(checkpoint), **fields), labels=list("abcde"))
     return model
+
+
+def tiny_model_of(checkpoint) -> torch.nn.Module:
+    return ViTCustomForImageClassification.from_pretrained(checkpoint)
 
 
 def state(model) -> dict[str, torch.Tensor]:
@@ -131,6 +150,66 @@ def test_a_processor_comes_without_its_model(checkpoint):
         open_processor(ModelArguments(model="vit_nano"))
 
 
+def test_images_are_prepared_as_the_papers_did():
+    """DeiT's: 256 pixels at the shorter side, and of them the middle 224."""
+    fields = {"normalization": "imagenet", "eval_interpolation": "bicubic", "eval_crop": 0.875}
+    processor = open_processor(ModelArguments(model="deit_small_patch16_224", **fields))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
+    moments = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
+    theirs = DeiTImageProcessor(size={"shortest_edge": 256}, resample=Image.Resampling.BICUBIC, **moments)
+    expected = theirs(image, return_tensors="pt")["pixel_values"]
+    assert expected.shape == (1, 3, 224, 224)
+    torch.testing.assert_close(processor(image, return_tensors="pt")["pixel_values"], expected)
+    assert read_processor(processor) == ((224, 224), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+
+def test_another_size_keeps_the_share_of_the_centre(checkpoint):
+    fields = {"image_size": 48, "eval_crop": 0.75}
+    open_processor(ModelArguments(model=str(checkpoint), **fields)).save_pretrained(checkpoint)
+    processor = open_processor(ModelArguments(model=str(checkpoint), image_size=96))
+    assert dict(processor.size)["shortest_edge"] == 128
+    assert read_processor(processor)[0] == (96, 96)
+
+
+def test_a_prepared_image_survives_saving(checkpoint, tmp_path):
+    arguments = ModelArguments(model=str(checkpoint), image_size=48, eval_crop=0.5, eval_interpolation="bicubic")
+    processor = open_processor(arguments)
+    processor.save_pretrained(tmp_path)
+    opened = AutoImageProcessor.from_pretrained(tmp_path)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
+    one, two = (each(image, return_tensors="pt")["pixel_values"] for each in (processor, opened))
+    assert one.shape == (1, 3, 48, 48)
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"normalization": "none"}, "normalization='none' must be half or imagenet"),
+        ({"eval_interpolation": "nearest"}, "eval_interpolation='nearest' must be bilinear or bicubic"),
+        ({"eval_crop": 1.5}, "eval_crop=1.5 must lie between 0 and 1"),
+        ({"eval_crop": 0.5, "config_overrides": ["image_size=[32,16]"]}, "needs square images, not of 32 x 16 pixels"),
+        ({"new_head": True}, "--new_head true needs a checkpoint"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_prepared_is_refused(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make("vit_nano_patch4_32", **fields)
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_a_head_of_the_same_classes_is_kept_or_made_anew(checkpoint, new):
+    model = make(checkpoint, new_head=new, config_overrides=["head_initializer_range=0.0"])
+    before = state(tiny_model_of(checkpoint))
+    for name, value in state(model).items():
+        if name.startswith("head.") and name.endswith("weight"):
+            assert bool((value == 0).all()) == new
+            assert torch.equal(value, before[name]) != new
+        elif not name.startswith("head."):
+            assert torch.equal(value, before[name])
+
+
 @pytest.fixture
 def timm_teacher(tmp_path):
     data = {"input_size": [3, 24, 24], "mean": [0.4] * 3, "std": [0.2] * 3, "interpolation": "bicubic", "crop_pct": 1.0}
@@ -141,16 +220,30 @@ def timm_teacher(tmp_path):
 
 
 def test_a_timm_model_is_trained(timm_teacher, tmp_path):
-    model, _ = make_model(ModelArguments(model=timm_teacher, freeze_encoder=True), labels=list("abc"))
+    model, _ = make_model(ModelArguments(model=timm_teacher, freeze_encoder=True), labels=list("vwxyz"))
     before = state(model)
     trainer = make_trainer(tmp_path / "run", model, trainer_options={"mixing": Mixing(0, 0, 1.0, 0.5, 5)})
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == {
         "timm_model.fc.weight",
         "timm_model.fc.bias",
     }
-    model.train()
-    trainer.model(random_images())
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    trainer.train()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"timm_model.fc.weight", "timm_model.fc.bias"}  # and no statistics of the encoder's batch norms
+
+
+@pytest.mark.parametrize("field", [{"freeze_encoder": True}, {"lora_rank": 2}], ids=str)
+def test_an_encoder_that_cannot_be_told_from_its_head_is_not_frozen(tmp_path, field):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    vision = {**sizes, "image_size": 32, "patch_size": 8}
+    config = SiglipConfig(text_config={**sizes, "vocab_size": 10}, vision_config=vision, num_labels=3)
+    SiglipForImageClassification(config).save_pretrained(tmp_path)
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    model, _ = make_model(ModelArguments(model=str(tmp_path)), labels=list("abcd"))
+    assert model.classifier.out_features == 4
+    message = rf"--{next(iter(field))}: a SiglipForImageClassification does not tell which part of it is the encoder"
+    with pytest.raises(ValueError, match=message):
+        make_model(ModelArguments(model=str(tmp_path), **field), labels=list("abcd"))
 
 
 def test_a_timm_model_teaches(timm_teacher):

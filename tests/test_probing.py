@@ -6,18 +6,18 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from tiny_models import HEADS_AND_ARCHITECTURES, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import ViTImageProcessor
 
 from modeling_vit_custom import ViTCustomForImageClassification, ViTCustomModel
 from trainers import probing
 from trainers.data import load_digits, processor_transform, with_transform
-from trainers.models import make_processor
 from trainers.probing import draw_images, extract_features, knn_accuracy, linear_probe_accuracy, probe
 
 
 @pytest.fixture(scope="module")
 def digits():
     """Digits as an evaluated split yields them, for models of 32 pixels."""
-    transform = processor_transform(make_processor(tiny_model(ViTCustomModel, "vit").config))
+    transform = processor_transform(ViTImageProcessor(size={"height": 32, "width": 32}))
     return with_transform(load_digits()["train"], transform)
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import ONE_STAGE_ARCHITECTURES, random_images, tiny_config, tiny_model
-from transformers import ViTImageProcessor, set_seed
+from transformers import TrainerCallback, ViTConfig, ViTForImageClassification, ViTImageProcessor, set_seed
 
 from modeling_vit_custom import ViTCustomForImageClassification
 from modeling_vit_custom.modeling_vit_custom import PatchDropout
@@ -22,7 +23,7 @@ from trainers.losses import Criterion
 from trainers.mixing import Mixing
 from trainers.sampling import ClassBalancedSampler
 from trainers.teachers import Teacher
-from trainers.vit_trainer import TrainingDivergedError, ViTTrainer, grown_size
+from trainers.vit_trainer import CheckpointNotReadError, TrainingDivergedError, ViTTrainer, grown_size
 
 
 IMAGES, LABELS = random_images(32), torch.arange(32) % 5
@@ -147,17 +148,86 @@ def test_averaged_weights_are_evaluated_and_published(tmp_path):
     assert torch.equal(weights(trainer), history[-1])
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_resumed_run_ends_where_an_unbroken_one_ends(tmp_path, optimizer):
+def tiny_vit_of_transformers() -> ViTForImageClassification:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    return ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=5))
+
+
+@pytest.mark.parametrize(
+    ("make_model", "optimizer"),
+    [
+        (partial(tiny_model, ViTCustomForImageClassification, "vit"), "adamw"),
+        (partial(tiny_model, ViTCustomForImageClassification, "vit"), "muon"),
+        (partial(tiny_model, ViTCustomForImageClassification, "vit"), "lamb"),
+        (tiny_vit_of_transformers, "adamw"),  # whose files have other names than its weights
+    ],
+    ids=["adamw", "muon", "lamb", "transformers"],
+)
+def test_a_resumed_run_ends_where_an_unbroken_one_ends(tmp_path, make_model, optimizer):
     options = {"ema_decay": 0.9, "optimizer": optimizer, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
     mixing = {"mixing": Mixing(0.8, 1.0, 1.0, 0.5, 5)}
-    whole = make_trainer(tmp_path / "whole", trainer_options=mixing, **options, save_total_limit=5)
+    whole = make_trainer(tmp_path / "whole", make_model(), mixing, **options, save_total_limit=5)
     whole.train()
-    resumed = make_trainer(tmp_path / "resumed", trainer_options=mixing, **options)
+    resumed = make_trainer(tmp_path / "resumed", make_model(), mixing, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
     one, two = (load_file(tmp_path / name / "checkpoint-6" / "ema.safetensors") for name in ("whole", "resumed"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("make_model", [None, tiny_vit_of_transformers], ids=["vit_custom", "transformers"])
+def test_the_best_model_comes_back(tmp_path, make_model):
+    options = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 3}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "save_total_limit": 5}
+    trainer = make_trainer(tmp_path, make_model and make_model(), **options, ema_decay=0.5, learning_rate=0.3)
+    trainer.train()
+    losses = {log["step"]: log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log}
+    best = min(losses, key=losses.get)
+    assert best != 3  # so that something must be loaded
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
+
+
+def test_a_resumed_run_has_the_learning_rate_that_it_was_given(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 5, "max_steps": 6}
+    options |= {"layer_decay": 0.5, "warmup_steps": 0}
+    logged = {}
+    for rate in (1e-3, 1e-4):
+        trainer = make_trainer(tmp_path, learning_rate=rate, **options)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if logged else None)
+        history = {log["step"]: log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log}
+        logged[rate] = [history[step] for step in (3, 4, 5)]
+    assert logged[1e-4] == pytest.approx([rate / 10 for rate in logged[1e-3]])
+    # That of the head, not of the layer that learns most slowly.
+    assert logged[1e-3][0] == pytest.approx(1e-3 * (1 + math.cos(math.pi * 2 / 6)) / 2)
+
+
+def test_a_checkpoint_of_something_else_is_not_resumed(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 5}
+    make_trainer(tmp_path, **options).train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    wider = tiny_model(ViTCustomForImageClassification, "vit", hidden_size=48)
+    with pytest.raises(CheckpointNotReadError, match=r"checkpoint-2 is of another model \(.*size mismatch"):
+        make_trainer(tmp_path, wider, **options).train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(CheckpointNotReadError, match="checkpoint-2 is of another optimizer"):
+        make_trainer(tmp_path, optimizer="sgd", **options).train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_new_pass_of_a_stream_starts_without_gradients(tmp_path):
+    """Three batches a pass, two of them a step: those of the third are left over."""
+    found = []
+
+    class Look(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, model=None, **kwargs):
+            found.append(any(parameter.grad is not None for parameter in model.parameters()))
+
+    options = {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 2}
+    trainer = make_trainer(tmp_path, **options)
+    trainer.train_dataset = dataset().to_iterable_dataset()
+    trainer.add_callback(Look())
+    trainer.train()
+    assert len(found) > 2
+    assert not any(found)
 
 
 def test_the_last_epochs_see_whole_unmixed_images(tmp_path):

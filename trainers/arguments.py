@@ -18,10 +18,22 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+)
 
 
 RECIPES = Path(__file__).parent / "recipes"
 OPTIMIZERS = ("adamw", "sgd", "lamb", "lars", "muon")
+INTERPOLATIONS = ("bilinear", "bicubic")
+# Mean and deviation of pixels from 0 to 1.
+NORMALIZATIONS = {
+    "half": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
+    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+}
 OBJECTIVES = ("supervised", "masked_autoencoder", "masked_image_modeling")
 # Of the Trainer's hundred arguments, those that `--help` shows beside the ones with defaults of their own.
 SHOWN_OF_TRAINER = {
@@ -56,6 +68,29 @@ class ModelArguments:
         default_factory=list,
         metadata={"help": "Fields of the configuration to replace, e.g. drop_path_rate=0.1 num_register_tokens=4."},
     )
+    normalization: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of pixels: half (to -1..1) or imagenet (its mean and deviation). Default: as a checkpoint does, "
+            "half with a preset."
+        },
+    )
+    eval_interpolation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of images to classify: bilinear or bicubic. Default: as a checkpoint does, bilinear with a preset."
+        },
+    )
+    eval_crop: float | None = field(
+        default=None,
+        metadata={
+            "help": "Classify the centre, this share of the shorter side, e.g. 0.875. Default: as a checkpoint does, "
+            "with a preset the whole image, squeezed."
+        },
+    )
+    new_head: bool = field(
+        default=False, metadata={"help": "Start with a new head even where a checkpoint has the same classes."}
+    )
     freeze_encoder: bool = field(
         default=False, metadata={"help": "Train the head alone, on the features of a checkpoint (linear probing)."}
     )
@@ -67,6 +102,14 @@ class ModelArguments:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run the Python files that come with a checkpoint; read them first."}
     )
+
+    def __post_init__(self):
+        if self.normalization is not None and self.normalization not in NORMALIZATIONS:
+            raise ValueError(f"normalization={self.normalization!r} must be {' or '.join(NORMALIZATIONS)}")
+        if self.eval_interpolation not in (None, *INTERPOLATIONS):
+            raise ValueError(f"eval_interpolation={self.eval_interpolation!r} must be {' or '.join(INTERPOLATIONS)}")
+        if self.eval_crop is not None and not 0 < self.eval_crop <= 1:
+            raise ValueError(f"eval_crop={self.eval_crop} must lie between 0 and 1")
 
 
 @dataclass
@@ -127,7 +170,7 @@ class AugmentationArguments:
     crop_padding: int = field(
         default=0, metadata={"help": "Shift by up to this many pixels each way, mirrored at the edges."}
     )
-    interpolation: str = field(default="bilinear", metadata={"help": "Of crops: bilinear or bicubic."})
+    interpolation: str = field(default="bilinear", metadata={"help": "Of crops and moves: bilinear or bicubic."})
     horizontal_flip: float = field(default=0.0, metadata={"help": "Probability of mirroring left and right."})
     rotation: float = field(default=0.0, metadata={"help": "Rotate by up to this many degrees."})
     translation: float = field(default=0.0, metadata={"help": "Shift by up to this share of each side."})
@@ -205,7 +248,9 @@ class TrainingArguments(transformers.TrainingArguments):
     base_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate for 256 images a step, to be scaled with their number."}
     )
-    weight_decay: float = field(default=0.05, metadata={"help": "Decoupled weight decay."})
+    weight_decay: float = field(
+        default=0.05, metadata={"help": "Decoupled weight decay; of sgd and lars, part of the gradient."}
+    )
     layer_decay: float = field(
         default=1.0, metadata={"help": "Factor of the learning rate from each block to the one before it."}
     )
@@ -274,6 +319,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.bf16 and not torch.accelerator.is_available():
             self.use_cpu = True  # or the Trainer asks for a GPU, while processors know bf16 as well
         super().__post_init__()
+        if self.n_gpu > 1:
+            self._n_gpu = 1  # a process uses one device: torchrun starts one for each
         if self.base_learning_rate is not None:
             images = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
             self.learning_rate = self.base_learning_rate * images / 256
@@ -472,8 +519,9 @@ def read_recipe(name: str) -> dict:
 
 
 def write_recipe(path: Path, fields: dict) -> None:
-    """The inverse of `read_recipe`, less the output folder, which the next run must not share."""
-    plain = {name: getattr(value, "value", value) for name, value in fields.items() if name != "output_dir"}
+    """The inverse of `read_recipe`, less what is about one output folder, which the next run must not share."""
+    own = ("output_dir", "overwrite", "resume_from_checkpoint")
+    plain = {name: getattr(value, "value", value) for name, value in fields.items() if name not in own}
     path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 

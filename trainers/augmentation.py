@@ -7,6 +7,7 @@ A crop works on one decoded image, in the data loader's workers. All that comes 
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import PIL.Image
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from trainers import image_ops
-from trainers.arguments import AugmentationArguments
+from trainers.arguments import INTERPOLATIONS, AugmentationArguments
 
 
 class Crop:
@@ -64,7 +65,8 @@ class Augmentation:
         if arguments.rotation or arguments.translation or arguments.zoom:
             pixels = self.move(pixels)
         if self.policy is not None:
-            pixels = self.policy(pixels, fill)
+            warp = partial(image_ops.affine, fill=fill, interpolation=arguments.interpolation)
+            pixels = self.policy(pixels, warp)
         if arguments.color_jitter:
             pixels = jitter_colors(pixels, arguments.color_jitter)
         pixels = (pixels / 255 - _each_channel(self.mean, pixels)) / _each_channel(self.std, pixels)
@@ -79,7 +81,8 @@ class Augmentation:
         scale = 1 + (2 * torch.rand(count) - 1) * self.arguments.zoom
         matrix = image_ops.rotate_and_scale(degrees, scale, size)
         matrix[:, :, 2] += torch.stack([right, down], dim=1)
-        return image_ops.affine(pixels, matrix.to(pixels.device), pixels.new_zeros(pixels.shape[1]))
+        black = pixels.new_zeros(pixels.shape[1])
+        return image_ops.affine(pixels, matrix.to(pixels.device), black, self.arguments.interpolation)
 
 
 def check_arguments(arguments: AugmentationArguments) -> None:
@@ -91,8 +94,8 @@ def check_arguments(arguments: AugmentationArguments) -> None:
         raise ValueError(f"rotation={arguments.rotation} must lie between 0 and 180 degrees")
     if arguments.crop_padding < 0:
         raise ValueError(f"crop_padding={arguments.crop_padding} must be at least 0")
-    if arguments.interpolation not in ("bilinear", "bicubic"):
-        raise ValueError(f"interpolation={arguments.interpolation!r} must be bilinear or bicubic")
+    if arguments.interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation={arguments.interpolation!r} must be {' or '.join(INTERPOLATIONS)}")
     if arguments.min_crop is not None and not 0 < arguments.min_crop <= 1:
         raise ValueError(f"min_crop={arguments.min_crop} must lie between 0 and 1")
     if arguments.zoom == 1:
@@ -130,6 +133,8 @@ def _each_channel(values: Tensor, pixels: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------------- policies
 
+# Images (B, C, H, W) and maps from output to input pixels (B, 2, 3) to moved images.
+Warp = Callable[[Tensor, Tensor], Tensor]
 # Operations with the argument that a level from 0 (none) to 1 (most) stands for. A level comes with a random sign.
 Operation = tuple[Callable, Callable[[Tensor, Tensor], Tensor]]
 
@@ -173,7 +178,7 @@ AUTO_AUGMENT: dict[str, Operation] = {
 }
 
 
-def apply(pixels: Tensor, operations: Sequence[Callable], choice: Tensor, argument: Tensor, fill: Tensor) -> Tensor:
+def apply(pixels: Tensor, operations: Sequence[Callable], choice: Tensor, argument: Tensor, warp: Warp) -> Tensor:
     """To each image its own operation, `choice` (B,) of them or none (-1), with its own argument (B,)."""
     size, changed = tuple(pixels.shape[2:]), pixels.clone()
     moved, matrices = [], []
@@ -190,7 +195,7 @@ def apply(pixels: Tensor, operations: Sequence[Callable], choice: Tensor, argume
             changed[on_device] = operation(pixels[on_device], argument[rows].to(pixels.device))
     if moved:
         rows = torch.cat(moved).to(pixels.device)
-        changed[rows] = image_ops.affine(pixels[rows], torch.cat(matrices).to(pixels.device), fill)
+        changed[rows] = warp(pixels[rows], torch.cat(matrices).to(pixels.device))
     return changed
 
 
@@ -203,12 +208,12 @@ class RandAugment:
     def __init__(self, magnitude: float, magnitude_std: float = 0.0, num_operations: int = 2):
         self.magnitude, self.magnitude_std, self.num_operations = magnitude, magnitude_std, num_operations
 
-    def __call__(self, pixels: Tensor, fill: Tensor) -> Tensor:
+    def __call__(self, pixels: Tensor, warp: Warp) -> Tensor:
         count = len(pixels)
         for _ in range(self.num_operations):
             choice = torch.randint(len(RAND_AUGMENT), (count,))
             level = (self.magnitude + self.magnitude_std * torch.randn(count)).clamp(0, 10) / 10
-            pixels = apply_levels(pixels, RAND_AUGMENT, choice, level, torch.rand(count) < 0.5, fill)
+            pixels = apply_levels(pixels, RAND_AUGMENT, choice, level, torch.rand(count) < 0.5, warp)
         return pixels
 
 
@@ -221,12 +226,12 @@ class AutoAugment:
         table = [[(names.index(name), chance, level or 0) for name, chance, level in pair] for pair in pairs]
         self.table = torch.tensor(table, dtype=torch.float32)  # (pairs, 2, 3): operation, probability, level
 
-    def __call__(self, pixels: Tensor, fill: Tensor) -> Tensor:
+    def __call__(self, pixels: Tensor, warp: Warp) -> Tensor:
         pair = self.table[torch.randint(len(self.table), (len(pixels),))]
         for operation in pair.unbind(1):
             choice, chance, level = operation.unbind(1)
             chosen = torch.rand(len(pixels)) < chance
-            pixels = apply_levels(pixels, AUTO_AUGMENT, choice.long(), level / 9, chosen, fill)
+            pixels = apply_levels(pixels, AUTO_AUGMENT, choice.long(), level / 9, chosen, warp)
         return pixels
 
 
@@ -235,23 +240,23 @@ class ThreeAugment:
 
     operations = (image_ops.grayscale, image_ops.solarize, image_ops.gaussian_blur)
 
-    def __call__(self, pixels: Tensor, fill: Tensor) -> Tensor:
+    def __call__(self, pixels: Tensor, warp: Warp) -> Tensor:
         choice = torch.randint(3, (len(pixels),))
         sigma = 0.1 + 1.9 * torch.rand(len(pixels))
-        return apply(pixels, self.operations, choice, torch.where(choice == 1, 128.0, sigma), fill)
+        return apply(pixels, self.operations, choice, torch.where(choice == 1, 128.0, sigma), warp)
 
 
 def apply_levels(
-    pixels: Tensor, table: dict[str, Operation], choice: Tensor, level: Tensor, chosen: Tensor, fill: Tensor
+    pixels: Tensor, table: dict[str, Operation], choice: Tensor, level: Tensor, chosen: Tensor, warp: Warp
 ) -> Tensor:
     """To the chosen images (B,) their operation of the table at their level (B,), with random signs."""
     operations, arguments = zip(*table.values())
     sign = torch.randint(2, choice.shape) * 2.0 - 1
     argument = torch.stack([argument(level, sign) for argument in arguments]).gather(0, choice[None])[0]
-    return apply(pixels, operations, choice.where(chosen, -1), argument, fill)
+    return apply(pixels, operations, choice.where(chosen, -1), argument, warp)
 
 
-def make_policy(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+def make_policy(name: str) -> Callable[[Tensor, Warp], Tensor]:
     """`rand-m9-mstd0.5-inc1` (as in timm), `3a`, `imagenet` or `cifar10`.
 
     Raises:
@@ -273,7 +278,7 @@ def jitter_colors(pixels: Tensor, strength: float) -> Tensor:
     order = torch.rand(len(pixels), len(operations)).argsort(dim=1)
     for choice in order.unbind(1):
         factor = 1 + strength * (2 * torch.rand(len(pixels)) - 1)
-        pixels = apply(pixels, operations, choice, factor, pixels.new_zeros(pixels.shape[1]))
+        pixels = apply(pixels, operations, choice, factor, image_ops.affine)  # none of them moves anything
     return pixels
 
 

@@ -28,7 +28,7 @@ from trainers.data import (
     sample_images,
 )
 from trainers.losses import Criterion, effective_number_weights, logit_adjustment
-from trainers.metrics import compute_metrics, count_confusions
+from trainers.metrics import SINGLE_METRICS, compute_metrics, count_confusions
 from trainers.mixing import Mixing
 from trainers.models import make_model, read_processor
 from trainers.runs import check_output_dir, describe, gather_facts, load_training_splits, prepare_images, train
@@ -53,6 +53,7 @@ def train_classifier(command: TrainingCommand) -> None:
         size, mean, std = read_processor(processor)
         train_dataset, augmentation, evaluated = prepare_images(command, splits, processor)
         labels = [] if command.data.streaming else splits[TRAIN][LABEL][:]
+        training_args.label_names = ["labels"]  # models that compute no loss do not name them
         counts = torch.bincount(torch.tensor(labels, dtype=torch.long), minlength=model.config.num_labels)
         trainer = ViTTrainer(
             model=model,
@@ -62,6 +63,7 @@ def train_classifier(command: TrainingCommand) -> None:
             eval_dataset=evaluated.get(VALIDATION),
             processing_class=processor,
             compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=take_logits,
             augmentation=augmentation,
             mixing=make_mixing(command.augmentation, command.loss, model.config.num_labels),
             criterion=make_criterion(command.loss, counts),
@@ -105,6 +107,11 @@ def train_classifier(command: TrainingCommand) -> None:
     show_predictions(output_dir, splits[reported], command.model.trust_remote_code)
 
 
+def take_logits(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
+    """(B, L), also of a model that gives those of several heads as well."""
+    return logits[0] if isinstance(logits, tuple) else logits
+
+
 def check_given(command: TrainingCommand) -> None:
     """Raises ValueError for a field that nothing would heed."""
     for name in ("distillation", "distillation_weight", "distillation_temperature", "teacher_labels_by_index"):
@@ -112,6 +119,9 @@ def check_given(command: TrainingCommand) -> None:
             raise ValueError(f"--{name} needs a --teacher to learn from")
     if "optim" in command.given:
         raise ValueError(f"--optim {command.given['optim']} is not looked at: choose by --optimizer")
+    judge, names = command.training.metric_for_best_model, ("loss", *SINGLE_METRICS)
+    if judge is not None and judge.removeprefix("eval_") not in names:
+        raise ValueError(f"metric_for_best_model={judge!r} must be one of {', '.join(names)}")
 
 
 def make_mixing(arguments: AugmentationArguments, loss_arguments: LossArguments, num_labels: int) -> Mixing:

@@ -150,6 +150,10 @@ def _make_batch(batch: dict, transform: Callable) -> dict:
     return {"pixel_values": transform([decode(image) for image in batch[IMAGE]])} | labels
 
 
+class BrokenImageError(ValueError):
+    """An image of a stream cannot be used."""
+
+
 class _StreamReader:
     """Rows of a stream to what `_make_batch` makes of them, checked as they come."""
 
@@ -162,12 +166,14 @@ class _StreamReader:
         for encoded, label in zip(batch[IMAGE], batch.get(LABEL, [None] * len(batch[IMAGE]))):
             name = (encoded or {}).get("path") or f"without a name, of label {label}"
             if self.num_classes is not None and (label is None or not 0 <= label < self.num_classes):
-                raise ValueError(f"image {name} of the stream has label {label}, outside 0..{self.num_classes - 1}")
+                outside = f"outside 0..{self.num_classes - 1}"
+                raise BrokenImageError(f"image {name} of the stream has label {label}, {outside}")
             try:
                 images.append(decode(encoded))
             except ValueError as error:
                 if self.on_corrupt == "error":
-                    raise ValueError(f"image {name} of the stream {error}; --on_corrupt skip leaves it out") from error
+                    message = f"image {name} of the stream {error}; --on_corrupt skip leaves it out"
+                    raise BrokenImageError(message) from error
                 if name not in self.skipped:
                     print(f"Image {name} of the stream {error}: it is left out.")
                     self.skipped.add(name)

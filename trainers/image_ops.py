@@ -121,7 +121,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- geometry
 
 
-def affine(images: Tensor, matrix: Tensor, fill: Tensor) -> Tensor:
+def affine(images: Tensor, matrix: Tensor, fill: Tensor, interpolation: str = "bilinear") -> Tensor:
     """Sample where a map from output to input pixels (B, 2, 3) says; outside lies the colour `fill` (C,).
 
     The origin is the corner of the first pixel, whose centre is at (0.5, 0.5).
@@ -134,7 +134,8 @@ def affine(images: Tensor, matrix: Tensor, fill: Tensor) -> Tensor:
     )
     source = torch.einsum("bij,jhw->bhwi", matrix, points)
     size = torch.tensor([width, height], dtype=images.dtype, device=images.device)
-    sampled = F.grid_sample(images, 2 * source / size - 1, mode="bilinear", padding_mode="border", align_corners=False)
+    places = 2 * source / size - 1
+    sampled = F.grid_sample(images, places, mode=interpolation, padding_mode="border", align_corners=False)
     inside = ((source >= 0) & (source < size)).all(dim=-1).unsqueeze(1)
     return torch.where(inside, sampled.round().clamp(0, 255), fill.view(1, -1, 1, 1))
 

@@ -92,18 +92,14 @@ def count_confusions(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return confusion_matrix(labels, logits.argmax(axis=-1), labels=np.arange(logits.shape[-1]))
 
 
+SINGLE_METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "expected_calibration_error", "top5_accuracy")
+
+
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """The figures that are single numbers, for the Trainer; top-5 accuracy where there are more than five classes."""
     logits, labels = prediction.predictions, prediction.label_ids
-    metrics = {
-        "accuracy": accuracy(logits, labels),
-        "balanced_accuracy": balanced_accuracy(logits, labels),
-        "macro_f1": macro_f1(logits, labels),
-        "expected_calibration_error": expected_calibration_error(logits, labels),
-    }
-    if logits.shape[-1] > 5:
-        metrics["top5_accuracy"] = top5_accuracy(logits, labels)
-    return metrics
+    names = [name for name in SINGLE_METRICS if name != "top5_accuracy" or logits.shape[-1] > 5]
+    return {name: METRICS[name](logits, labels) for name in names}
 
 
 METRICS = {

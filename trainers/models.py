@@ -22,10 +22,11 @@ from transformers import (
     ViTImageProcessor,
     logging,
 )
+from transformers.image_utils import PILImageResampling
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from modeling_vit_custom import ViTCustomConfig, list_presets, preset_config
-from trainers.arguments import ModelArguments, suggest
+from trainers.arguments import NORMALIZATIONS, ModelArguments, suggest
 
 
 if TYPE_CHECKING:
@@ -56,6 +57,9 @@ def make_model(
         model, processor = _from_checkpoint(arguments, overrides, auto_class)
     if arguments.freeze_encoder and arguments.lora_rank:
         raise ValueError(f"--freeze_encoder true leaves nothing to change by --lora_rank {arguments.lora_rank}")
+    if (arguments.freeze_encoder or arguments.lora_rank) and not has_own_encoder(model):
+        name = "freeze_encoder" if arguments.freeze_encoder else "lora_rank"
+        raise ValueError(f"--{name}: a {type(model).__name__} does not tell which part of it is the encoder")
     if arguments.freeze_encoder:
         freeze(model)
     if arguments.lora_rank:
@@ -69,8 +73,10 @@ def _from_preset(
     if arguments.freeze_encoder or arguments.lora_rank:
         name = "freeze_encoder" if arguments.freeze_encoder else "lora_rank"
         raise ValueError(f"--{name} keeps the encoder's weights, but those of preset {arguments.model!r} are random")
+    if arguments.new_head:
+        raise ValueError(f"--new_head true needs a checkpoint: the head of preset {arguments.model!r} is new anyway")
     config = _preset_config(arguments, overrides)
-    return auto_class.from_config(config), make_processor(config)
+    return auto_class.from_config(config), adapt_processor(make_processor(config), arguments)
 
 
 def _preset_config(arguments: ModelArguments, overrides: dict) -> ViTCustomConfig:
@@ -111,17 +117,29 @@ def _from_checkpoint(
     # A new head starts from random weights, and so may a norm behind the pooling; the encoder must not.
     made_anew = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])} - name_head(model)
     prefix = f"{model.base_model_prefix}."
-    encoder = sorted(key for key in made_anew if key.startswith(prefix) and not key.startswith(f"{prefix}pooling."))
+    if has_own_encoder(model):
+        made_anew = {key for key in made_anew if key.startswith(prefix) and not key.startswith(f"{prefix}pooling.")}
+    encoder = sorted(made_anew)
     if encoder:
         raise ValueError(
             f"{arguments.model!r} has no weights that fit {encoder[0]} ({len(encoder)} tensors): "
             "change no sizes by --config_overrides, and the image size by --image_size"
         )
+    if arguments.new_head:
+        model = _with_new_head(model)
     if arguments.image_size is not None:
         if not hasattr(model, "resize_image_size"):
             raise ValueError(f"--image_size: a {type(model).__name__} cannot be resized; leave it out")
         model.resize_image_size(arguments.image_size)
     return model, processor
+
+
+def _with_new_head(model: PreTrainedModel) -> PreTrainedModel:
+    """The same encoder under a head of random weights."""
+    new, head = type(model)._from_config(model.config, dtype=torch.float32), name_head(model)
+    encoder = {name: value for name, value in model.state_dict().items() if name not in head}
+    new.load_state_dict(encoder, strict=False)
+    return new
 
 
 def _origin(arguments: ModelArguments) -> dict:
@@ -139,10 +157,7 @@ def _open_config(arguments: ModelArguments) -> tuple[PreTrainedConfig, BaseImage
             processor = AutoImageProcessor.from_pretrained(arguments.model, **_origin(arguments))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot open the model {arguments.model!r}: {error}") from error
-    if arguments.image_size is not None:
-        processor.size = {"height": arguments.image_size, "width": arguments.image_size}
-        processor.crop_size = processor.size
-    return config, processor
+    return config, adapt_processor(processor, arguments)
 
 
 def open_processor(arguments: ModelArguments) -> BaseImageProcessor:
@@ -152,7 +167,8 @@ def open_processor(arguments: ModelArguments) -> BaseImageProcessor:
         ValueError: if there is neither.
     """
     if arguments.model in list_presets():
-        return make_processor(_preset_config(arguments, parse_overrides(arguments.config_overrides)))
+        config = _preset_config(arguments, parse_overrides(arguments.config_overrides))
+        return adapt_processor(make_processor(config), arguments)
     check_is_model(arguments.model, "model")
     return _open_config(arguments)[1]
 
@@ -171,10 +187,17 @@ def check_is_model(name: str, argument: str) -> None:
 def name_head(model: PreTrainedModel) -> set[str]:
     """Names of the weights that belong to a classifier's head, not to its encoder."""
     named = dict(model.named_parameters())
+    if not has_own_encoder(model):
+        return {name for name in named if name.startswith("classifier.")}
     if isinstance(model, TimmWrapperForImageClassification):
         head = {id(parameter) for parameter in model.timm_model.get_classifier().parameters()}
         return {name for name, parameter in named.items() if id(parameter) in head}
     return {name for name in named if not name.startswith(f"{model.base_model_prefix}.")}
+
+
+def has_own_encoder(model: PreTrainedModel) -> bool:
+    """False for those that hold their encoder under another name than they say, such as CLIP's classifier."""
+    return model.base_model is not model
 
 
 def freeze(model: PreTrainedModel) -> None:
@@ -212,6 +235,37 @@ def make_processor(config: ViTCustomConfig) -> ViTImageProcessor:
     """The family's own processor: resize to the native size, scale to -1..1."""
     height, width = config.native_size
     return ViTImageProcessor(size={"height": height, "width": width})
+
+
+def adapt_processor(processor: BaseImageProcessor, arguments: ModelArguments) -> BaseImageProcessor:
+    """The same processor, changed as the arguments say.
+
+    Raises:
+        ValueError: if it cannot be.
+    """
+    given = [name for name in ("normalization", "eval_interpolation", "eval_crop") if getattr(arguments, name)]
+    if given and isinstance(processor, TimmWrapperImageProcessor):
+        raise ValueError(f"--{given[0]}: a timm model's images are prepared as its own configuration says")
+    if arguments.image_size is not None:
+        side, shorter = arguments.image_size, dict(processor.size).get("shortest_edge")
+        square = {"height": side, "width": side}
+        if getattr(processor, "do_center_crop", False) and shorter:
+            processor.size = {"shortest_edge": round(side * shorter / dict(processor.crop_size)["height"])}
+        else:
+            processor.size = square
+        processor.crop_size = square
+    if arguments.normalization is not None:
+        processor.image_mean, processor.image_std = NORMALIZATIONS[arguments.normalization]
+        processor.do_normalize = True
+    if arguments.eval_interpolation is not None:
+        processor.resample = PILImageResampling[arguments.eval_interpolation.upper()]
+    if arguments.eval_crop is not None:
+        height, width = read_processor(processor)[0]
+        if height != width:
+            raise ValueError(f"--eval_crop {arguments.eval_crop} needs square images, not of {height} x {width} pixels")
+        processor.size = {"shortest_edge": round(height / arguments.eval_crop)}
+        processor.do_center_crop, processor.crop_size = True, {"height": height, "width": width}
+    return processor
 
 
 def has_processor(folder: str) -> bool:

@@ -1,6 +1,5 @@
 """Optimizers and their parameter groups: who decays, who learns slower, who is a hidden matrix."""
 
-import math
 import re
 from collections.abc import Sequence
 
@@ -84,8 +83,8 @@ def parameter_groups(
 def make_optimizer(name: str, groups: list[dict], betas: tuple[float, float], eps: float, momentum: float):
     """An optimizer over groups of `parameter_groups`.
 
-    AdamW is PyTorch's fused one; LAMB (https://arxiv.org/abs/1904.00962), LARS (https://arxiv.org/abs/1708.03888) and
-    Muon, with AdamW for all but the blocks' matrices, are pytorch_optimizer's.
+    AdamW is PyTorch's fused one; LAMB (https://arxiv.org/abs/1904.00962) is timm's; LARS
+    (https://arxiv.org/abs/1708.03888) and Muon, with AdamW for all but the blocks' matrices, are pytorch_optimizer's.
 
     Raises:
         ValueError: if there are no matrices for Muon.
@@ -98,12 +97,10 @@ def make_optimizer(name: str, groups: list[dict], betas: tuple[float, float], ep
     if name == "sgd":
         return torch.optim.SGD(groups, peak, momentum=momentum)
     if name == "lamb":
-        for group in groups:
-            # The decay is part of what the trust ratio scales (algorithm 2); biases and norms have no such ratio.
-            group |= {"weight_decouple": False, "adam_debias": True, "adam": group["weight_decay"] == 0}
-        optimizer = pytorch_optimizer.Lamb(groups, peak, betas=betas, eps=eps)
-        optimizer.clamp = math.inf  # the paper's norms have no upper bound
-        return optimizer
+        from timm.optim import Lamb  # here, since it brings all of timm
+
+        # What does not decay has no trust ratio; the Trainer clips gradients.
+        return Lamb(groups, peak, betas=betas, eps=eps, max_grad_norm=None)
     if name == "lars":
         return pytorch_optimizer.LARS(groups, peak, momentum=momentum)
     if not any(hidden):

@@ -1,5 +1,6 @@
 """Training runs of any kind: their folders and data, what may end them before their time, and facts about them."""
 
+import os
 import shlex
 import shutil
 import sys
@@ -23,6 +24,7 @@ from trainers.data import (
     BUILT_IN_TITLES,
     TRAIN,
     VALIDATION,
+    BrokenImageError,
     Splits,
     load_splits,
     processor_transform,
@@ -30,7 +32,7 @@ from trainers.data import (
     with_transform,
 )
 from trainers.models import read_processor
-from trainers.vit_trainer import CheckpointNotWrittenError, TrainingDivergedError, ViTTrainer
+from trainers.vit_trainer import CheckpointNotReadError, CheckpointNotWrittenError, TrainingDivergedError, ViTTrainer
 
 
 def check_output_dir(training_args: TrainingArguments) -> None:
@@ -52,6 +54,8 @@ def check_output_dir(training_args: TrainingArguments) -> None:
         state_file = Path(checkpoint) / "trainer_state.json"
         if not state_file.exists():
             raise ValueError(f"--resume_from_checkpoint {checkpoint!r} is no checkpoint: give true or its folder")
+        if not (Path(checkpoint) / "scheduler.pt").exists():
+            raise ValueError(f"{checkpoint!r} holds weights alone: fine-tune it by --model, or start again")
         if training_args.ema_decay and not (Path(checkpoint) / ema.FILE).exists():
             raise ValueError(f"{checkpoint!r} holds no averages: resume it with --ema_decay 0, as it was trained")
         state = TrainerState.load_from_json(str(state_file))
@@ -164,17 +168,19 @@ def describe(name: str, model: PreTrainedModel, splits: Splits, training_args: T
         for split_name, split in splits.items()
     )
     steps, epochs = training_args.max_steps, training_args.num_train_epochs
+    hardware = describe_hardware(training_args.device, training_args.world_size)
     length = f"{steps:,} steps" if steps > 0 else f"{epochs:g} epochs"
     trained = model.num_parameters(only_trainable=True)
     of_them = "" if trained == model.num_parameters() else f" ({trained:,} of them trained)"
-    return f"{name}: {model.num_parameters():,} parameters{of_them}\n{sizes} images; {length} on {describe_hardware()}"
+    return f"{name}: {model.num_parameters():,} parameters{of_them}\n{sizes} images; {length} on {hardware}"
 
 
 def train(trainer: ViTTrainer, program: str) -> tuple[TrainOutput, float]:
     """What the Trainer reports, and the wall time in seconds; a run that cannot go on ends in one line.
 
     Raises:
-        SystemExit: after an interruption, a loss that is not finite, or a checkpoint that could not be written.
+        SystemExit: after an interruption, a loss that is not finite, a broken image of a stream, or a checkpoint that
+            could not be written or read.
     """
     args = trainer.args
     trainer.add_callback(WallTime())
@@ -198,6 +204,14 @@ def train(trainer: ViTTrainer, program: str) -> tuple[TrainOutput, float]:
             f"{saved} is complete: go on from it by --resume_from_checkpoint true" if saved else "there is none before"
         )
         raise SystemExit(f"{program}: error: {error}; {kept}") from error
+    except CheckpointNotReadError as error:
+        print(f"\n{program}: error: {error}: resume with the arguments it had", file=sys.stderr)
+        raise SystemExit(2) from error
+    except BrokenImageError as error:
+        # A worker's comes with its traceback as its text.
+        *_, last = str(error).splitlines()
+        print(f"\n{program}: error: {last.partition('BrokenImageError: ')[2] or last}", file=sys.stderr)
+        raise SystemExit(2) from error
     return output, WallTime.read(trainer.state)
 
 
@@ -243,17 +257,22 @@ def gather_facts(command: TrainingCommand, trainer: ViTTrainer, size: tuple[int,
         "dataset": None if dataset in BUILT_IN_TITLES else dataset,
         "dataset_title": BUILT_IN_TITLES.get(dataset),
         "log_history": trainer.state.log_history,
-        "command": format_command(command.program, command.argv),
+        "command": format_command(command.program, command.argv, trainer.args.world_size),
         "seed": trainer.args.seed,
         "versions": library_versions(),
-        "hardware": describe_hardware(),
+        "hardware": describe_hardware(trainer.args.device, trainer.args.world_size),
         "wall_time": wall_time,
     }
 
 
-def format_command(program: str, argv: Sequence[str]) -> str:
+def format_command(program: str, argv: Sequence[str], num_processes: int = 1) -> str:
     """A command line as it may be published."""
-    return f"python -m trainers.{program} {shlex.join(map(hide_folders, argv))}"
+    launcher = "python"
+    if num_processes > 1:
+        on_each_node = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+        nodes = f"--nnodes {num_processes // on_each_node} " if num_processes > on_each_node else ""
+        launcher = f"torchrun {nodes}--nproc_per_node {on_each_node}"
+    return f"{launcher} -m trainers.{program} {shlex.join(map(hide_folders, argv))}"
 
 
 def hide_folders(argument: str) -> str:

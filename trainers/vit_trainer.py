@@ -35,6 +35,10 @@ class CheckpointNotWrittenError(Exception):
     """A checkpoint could not be written, e.g. because the disk is full; nothing of it is left, older ones are."""
 
 
+class CheckpointNotReadError(Exception):
+    """A checkpoint is not of this model or this optimizer."""
+
+
 class ViTTrainer(Trainer):
     """Trains an image classifier, or an encoder by a loss of its own.
 
@@ -135,6 +139,7 @@ class ViTTrainer(Trainer):
         Raises:
             TrainingDivergedError: if a loss or the weights are not finite.
             CheckpointNotWrittenError: if a checkpoint could not be written.
+            CheckpointNotReadError: if the one to resume from is of another model or optimizer.
         """
         output = super().train(*args, **kwargs)
         self.check_weights()
@@ -161,14 +166,51 @@ class ViTTrainer(Trainer):
             ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.ema is not None:
-            self.ema.load(resume_from_checkpoint)
+        self._load_weights(
+            resume_from_checkpoint, lambda: super(ViTTrainer, self)._load_from_checkpoint(resume_from_checkpoint, model)
+        )
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if self.ema is not None:
-            self.ema.load(self.state.best_model_checkpoint)
+        self._load_weights(self.state.best_model_checkpoint, super()._load_best_model)
+
+    def _load_weights(self, checkpoint: str, load: Callable[[], None]) -> None:
+        """By the model's own way, since the files may have older names than the weights; else as the Trainer does."""
+        try:
+            if isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+                saved = type(self.model).from_pretrained(checkpoint, dtype=torch.float32)
+                self.model.load_state_dict(saved.state_dict())
+            else:
+                load()
+            if self.ema is not None:
+                self.ema.load(checkpoint)
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointNotReadError(
+                f"{checkpoint} is of another model ({' '.join(str(error).split())})"
+            ) from error
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """What was asked for now holds: a checkpoint brings its moments and its place in the schedule."""
+        if checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        asked = [{key: value for key, value in each.items() if key != "params"} for each in self.optimizer.param_groups]
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointNotReadError(f"{checkpoint} is of another optimizer ({error})") from error
+        for group, fields in zip(self.optimizer.param_groups, asked):
+            missing = sorted(fields.keys() - group.keys())
+            if missing:
+                raise CheckpointNotReadError(f"{checkpoint} is of another optimizer: it has no {missing[0]!r}")
+            group["weight_decay"] = fields["weight_decay"]
+            if group["initial_lr"] != fields["initial_lr"]:
+                group["lr"] *= fields["initial_lr"] / group["initial_lr"]
+                group["initial_lr"] = fields["initial_lr"]
+        self.lr_scheduler.base_lrs = [fields["initial_lr"] for fields in asked]
+
+    def _get_learning_rate(self) -> float:
+        # The Trainer's is that of the first group, which layer-wise decay makes the smallest.
+        return float(max(group["lr"] for group in self.optimizer.param_groups))
 
 
 class _Phases(TrainerCallback):
@@ -189,6 +231,8 @@ class _Phases(TrainerCallback):
             set_seed(args.seed + args.process_index)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
+        # A pass through a stream may end in the middle of an accumulation, whose gradients no step takes.
+        self.trainer.model.zero_grad()
         # In the middle of an epoch a resumed run with several processes does not say which one it is.
         if isinstance(self.trainer.sampler, EpochSampler):
             self.trainer.sampler.set_epoch(state.global_step // self.steps_per_epoch)
