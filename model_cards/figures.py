@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 # Two colours of the Okabe-Ito palette: told apart by readers with any kind of colour vision.
 TRAIN_COLOR = "#0072B2"
 EVAL_COLOR = "#D55E00"
+MIN_IMAGES_OF_BIN = 10
 
 # What the Trainer logs -> panel, line, colour.
 LOGGED_CURVES = {
@@ -159,6 +160,83 @@ def plot_images(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str]) -> 
             axes.set_axis_off()
     for axes, title in zip(figure.axes, titles):
         axes.set_title(title, fontsize=TICK_FONT_SIZE, parse_math=False)
+    return figure
+
+
+def plot_calibration(bins: Sequence[Sequence[float]]) -> Figure:
+    """Draws how often predictions are right against how sure they are, and how many are that sure.
+
+    Args:
+        bins: Of confidence: (images, mean confidence, accuracy), empty bins left out. The accuracy of those with less
+            than `MIN_IMAGES_OF_BIN` images is not drawn, unless all are that small: it would say little.
+    """
+    images, confidence, accuracy = np.array(bins, dtype=float).T
+    if images.max() >= MIN_IMAGES_OF_BIN:
+        accuracy = np.where(images >= MIN_IMAGES_OF_BIN, accuracy, np.nan)
+    figure = Figure(figsize=(5.6, 4.2), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    above.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--", label="as sure as right")
+    above.plot(confidence, accuracy, color=EVAL_COLOR, marker="o", markersize=4, linewidth=1.4, label="this model")
+    above.set_ylabel("accuracy")
+    above.set_ylim(0, 1)
+    above.legend(frameon=False, loc="upper left")
+    below.bar(confidence, images / images.sum(), width=0.04, color=TRAIN_COLOR)
+    below.set_ylabel("share of images")
+    below.set_xlabel("confidence")
+    below.set_xlim(0, 1)
+    for axes in (above, below):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="0.9")
+        axes.set_axisbelow(True)
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    below.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    return figure
+
+
+def plot_predictions(groups: Mapping[str, Sequence[tuple[np.ndarray, str, str, float]]], columns: int = 8) -> Figure:
+    """Draws images with what they are taken for, how surely, and what they are where that is something else.
+
+    Args:
+        groups: By a title, rows of (image (H, W, 3) of 8 bits, true class, predicted class, its probability).
+        columns: Images beside each other.
+    """
+    groups = {title: rows for title, rows in groups.items() if rows}
+    cell = 1.5
+    heights = [math.ceil(len(rows) / columns) * (cell + 0.45) + 0.35 for rows in groups.values()]
+    figure = Figure(figsize=(cell * columns, sum(heights)), layout="constrained")
+    figures = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for part, (title, rows) in zip(figures, groups.items()):
+        part.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        panels = part.subplots(math.ceil(len(rows) / columns), columns, squeeze=False).ravel()
+        for axes in panels:
+            axes.set_axis_off()
+        for axes, (image, true, predicted, probability) in zip(panels, rows):
+            axes.imshow(image, interpolation="nearest")
+            is_right = true == predicted
+            text = f"{_shorten(predicted)} {probability:.0%}" + ("" if is_right else f"\nis: {_shorten(true)}")
+            color = "black" if is_right else EVAL_COLOR
+            axes.set_title(text, fontsize=TICK_FONT_SIZE, color=color, parse_math=False)
+    return figure
+
+
+def plot_attention(rows: Sequence[tuple[np.ndarray, np.ndarray, str]], columns: int = 4) -> Figure:
+    """Draws images beside themselves with a map of what counts: dark where it is nothing.
+
+    Args:
+        rows: (image (H, W, 3) of 8 bits, map (H, W) from 0 to 1, title).
+        columns: Pairs beside each other.
+    """
+    cell = 1.5
+    count = math.ceil(len(rows) / columns)
+    figure = Figure(figsize=(2 * cell * columns, (cell + 0.3) * count), layout="constrained")
+    panels = figure.subplots(count, 2 * columns, squeeze=False).ravel()
+    for axes in panels:
+        axes.set_axis_off()
+    for left, right, (image, weights, title) in zip(panels[::2], panels[1::2], rows):
+        left.imshow(image, interpolation="nearest")
+        left.set_title(_shorten(title), fontsize=TICK_FONT_SIZE, loc="left", parse_math=False)
+        seen = image * (0.15 + 0.85 * weights[..., None])
+        right.imshow(seen.astype(np.uint8), interpolation="nearest")
     return figure
 
 

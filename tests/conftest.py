@@ -39,6 +39,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import datasets  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from huggingface_hub import constants  # noqa: E402
+from loopback_hub import WRITE_TOKEN, LoopbackHub  # noqa: E402
 from tiny_models import ARCHITECTURES  # noqa: E402
 
 
@@ -60,3 +62,20 @@ def fixed_seed():
 def architecture(request) -> str:
     """The name of each architecture in turn, for `tiny_config`."""
     return request.param
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub on the loopback interface, which the client of this process talks to as somebody who may write there."""
+    with LoopbackHub() as server:
+        settings = {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "hub_cache"),
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_OFFLINE": False,
+        }
+        for name, value in settings.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+        yield server

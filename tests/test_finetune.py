@@ -27,6 +27,8 @@ from transformers import (
     pipeline,
 )
 
+from model_cards.facts import read_run
+from model_cards.metadata import find_card_errors
 from modeling_vit_custom import ViTCustomForImageClassification, preset_config
 from trainers.arguments import (
     RECIPES,
@@ -50,16 +52,22 @@ from trainers.runs import format_command, hide_folders, last_checkpoint
 
 
 SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "8", "--disable_tqdm", "true", "--report_to", "none"]
+SHORT += ["--card_images", "0"]
 FILES = {
     "README.md",
     "recipe.yaml",
     "all_results.json",
+    "attention.png",
+    "calibration.png",
     "config.json",
     "configuration_vit_custom.py",
     "confusion_matrix.png",
+    "examples",
     "model.safetensors",
     "modeling_vit_custom.py",
+    "predictions.png",
     "preprocessor_config.json",
+    "run.json",
     "training_curves.png",
     "trainer_state.json",
 }
@@ -69,7 +77,8 @@ FILES = {
 def checkpoint(tmp_path_factory):
     """A folder that two steps on the digits left."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    finetune(["--recipe", "quickstart", "--output_dir", str(folder), "--logging_steps", "1", *SHORT])
+    argv = ["--recipe", "quickstart", "--output_dir", str(folder), "--logging_steps", "1", *SHORT]
+    finetune([*argv, "--card_images", "4"])
     return folder
 
 
@@ -105,9 +114,16 @@ def test_the_card_tells_what_was_measured(checkpoint):
     reported = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert reported["accuracy"] == pytest.approx(results["validation_accuracy"], abs=1e-4)
     assert "--recipe quickstart" in card.text
-    assert "(360 images) of scikit-learn's handwritten digits." in card.text
+    assert "(360 images), held out of the train split of scikit-learn's handwritten digits." in card.text
     assert card.data.eval_results[0].dataset_type == "local"
     assert "vit_nano_patch2_8".replace("_", "\\_") in card.text
+    assert find_card_errors((checkpoint / "README.md").read_text(encoding="utf-8"), checkpoint) == []
+    run = read_run(checkpoint)
+    assert run.confusion_matrix.sum() == 360
+    assert sum(images for images, _, _ in run.calibration) == 360
+    assert run.label_names == list("0123456789")
+    assert [widget["example_title"] in run.label_names for widget in card.data.widget] == [True] * 3
+    assert str(checkpoint.parent) not in (checkpoint / "run.json").read_text()
 
 
 def test_the_pipeline_scores_what_the_run_scored(checkpoint):
@@ -154,7 +170,7 @@ def test_an_encoder_never_starts_from_random_weights(checkpoint, tmp_path, capsy
 
 def test_a_run_can_be_repeated_from_its_own_folder(checkpoint):
     recipe = checkpoint / "recipe.yaml"
-    first = parse(["--recipe", "quickstart", "--logging_steps", "1", *SHORT])[-1]
+    first = parse(["--recipe", "quickstart", "--logging_steps", "1", *SHORT, "--card_images", "4"])[-1]
     assert {**parse(["--recipe", str(recipe)])[-1], "output_dir": "runs/digits"} == first
 
 
@@ -201,7 +217,7 @@ def test_a_run_goes_on_where_it_ended(tmp_path, capsys):
     finetune([*argv, *SHORT])
     state_file = tmp_path / "checkpoint-2" / "trainer_state.json"
     state = json.loads(state_file.read_text())
-    state["stateful_callbacks"]["WallTime"]["attributes"]["seconds"] += 3600
+    state["stateful_callbacks"]["Spent"]["attributes"]["before"]["seconds"] += 3600
     state_file.write_text(json.dumps(state))
     finetune([*argv, *SHORT, "--max_steps", "3", "--resume_from_checkpoint", "true"])
     assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 3
@@ -339,7 +355,19 @@ def test_a_full_output_folder_is_not_replaced(checkpoint, capsys):
         (["--recipe", "quickstart", "--learning_rate", "-1"], "learning_rate=-1.0 must be above 0"),
         (["--recipe", "quickstart", "--remove_unused_columns", "true"], "would drop the images"),
         (["--recipe", "quickstart", "--hub_token", "hf_secret"], "run `hf auth login` instead"),
-        (["--recipe", "quickstart", "--push_to_hub", "true"], "upload the finished folder"),
+        (
+            ["--recipe", "quickstart", "--push_to_hub", "true"],
+            "there is no token of the Hub: log in by `hf auth login`",
+        ),
+        (
+            ["--recipe", "quickstart", "--license", "other", "--push_to_hub", "true"],
+            "license='other' needs license_name and license_link in the card",
+        ),
+        (
+            ["--recipe", "quickstart", "--license", "apache"],
+            "none that the Hub knows; did you mean 'apache-2.0'",
+        ),
+        (["--recipe", "quickstart", "--card_images", "-1"], "card_images=-1 must be 0 or more"),
         (["--recipe", "quickstart", "--resume_from_checkpoint", "true"], "holds no checkpoint to resume from"),
         (["--recipe", "quickstart", "--resume_from_checkpoint", "x"], "'x' is no checkpoint"),
     ],

@@ -14,7 +14,7 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, recall_score, top_k_accuracy_score
 from transformers import EvalPrediction
 
-from model_cards.card import METRIC_TITLES
+from model_cards.rendering import METRIC_TITLES
 from trainers import metrics
 from trainers.metrics import (
     METRICS,

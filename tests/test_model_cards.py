@@ -5,27 +5,45 @@ import html
 import itertools
 import re
 import runpy
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import jinja2
 import numpy as np
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 from matplotlib import pyplot
 from matplotlib.colors import to_hex
 from PIL import Image
+from scipy.stats import binomtest
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from model_cards.card import (
-    TrainingRun,
-    build_metadata,
+from model_cards.card import main as rebuild
+from model_cards.citations import PAPERS
+from model_cards.facts import FEATURES, TrainingRun, read_run
+from model_cards.figures import (
+    collect_curves,
+    plot_attention,
+    plot_calibration,
+    plot_confusion_matrix,
+    plot_predictions,
+    plot_training_curves,
+)
+from model_cards.metadata import LICENSES, build_metadata, find_card_errors, split_card
+from model_cards.rendering import (
+    ATTENTION,
+    FIGURES,
+    PREDICTIONS,
+    confidence_interval,
     escape_markdown,
+    find_parts,
     find_worst_classes,
-    is_hub_id,
+    merge_cards,
     render_card,
     write_card,
 )
-from model_cards.figures import collect_curves, plot_confusion_matrix, plot_training_curves
 
 
 NASTY_NAMES = [
@@ -46,9 +64,11 @@ LOG_HISTORY = [
     {"eval_loss": 1.6, "eval_accuracy": 0.4, "eval_runtime": 0.1, "epoch": 2.0, "step": 4},
 ]
 FULL_RUN = TrainingRun(
-    name="someone/deit-tiny-flowers",
+    name="deit-tiny-flowers",
+    architecture="deit",
     preset="deit_tiny",
     num_parameters=5_524_416,
+    flops=2_510_000_000,
     image_size=224,
     label_names=["daisy", "rose", "tulip"],
     base_model="facebook/deit-tiny-patch16-224",
@@ -57,14 +77,23 @@ FULL_RUN = TrainingRun(
     evaluation_split="test",
     results={"accuracy": 0.8, "top5_accuracy": 1.0, "loss": 0.51234},
     confusion_matrix=np.array([[10, 0, 0], [1, 8, 1], [4, 0, 6]]),
+    calibration=[(10, 0.5, 0.4), (20, 0.9, 1.0)],
     log_history=LOG_HISTORY,
     command="python -m trainers.finetune \\\n  --recipe flowers",
     seed=0,
     versions={"torch": "2.8.0", "transformers": "5.17.0"},
     hardware="1 x NVIDIA A100",
     wall_time=3723.4,
+    images_per_second=812.4,
+    peak_memory=3 * 2**30,
+    commit="0123456789ab",
 )
 MINIMAL_RUN = TrainingRun(name="checkpoint-3")
+IMAGE = np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3)
+PICTURES = {
+    PREDICTIONS: plot_predictions({"drawn at random": [(IMAGE, "daisy", "rose", 0.75)] * 9}),
+    ATTENTION: plot_attention([(IMAGE, np.linspace(0, 1, 1024).reshape(32, 32), "daisy")] * 3),
+}
 
 
 def read_table(text, header):
@@ -93,21 +122,24 @@ def test_metadata_survives_writing_and_loading(tmp_path):
     assert "vit_custom" in card.data.tags
     assert card.data.datasets == ["someone/flowers"]
     assert card.data.base_model == "facebook/deit-tiny-patch16-224"
-    assert card.data.metrics == ["accuracy"]
+    assert card.data.base_model_relation == "finetune"
+    assert card.data.metrics == ["accuracy", "top_5_accuracy"]
     assert card.data.model_name == "deit-tiny-flowers"
-    (result,) = card.data.eval_results
-    assert (result.task_type, result.dataset_type, result.dataset_split) == (
-        "image-classification",
-        "someone/flowers",
-        "test",
-    )
-    assert (result.metric_type, result.metric_value) == ("accuracy", 0.8)
+    for result in card.data.eval_results:
+        assert (result.task_type, result.dataset_type, result.dataset_split) == (
+            "image-classification",
+            "someone/flowers",
+            "test",
+        )
+    measured = [(result.metric_type, result.metric_value) for result in card.data.eval_results]
+    assert measured == [("accuracy", 0.8), ("top_5_accuracy", 1.0)]
+    assert find_card_errors(path.read_text(encoding="utf-8"), tmp_path) == []
 
 
 def test_a_card_shows_no_older_figures(tmp_path):
-    write_card(tmp_path, FULL_RUN)
-    assert len(list(tmp_path.glob("*.png"))) == 2
-    assert ".png" not in write_card(tmp_path, MINIMAL_RUN).read_text(encoding="utf-8")
+    write_card(tmp_path, FULL_RUN, PICTURES)
+    assert {file.name for file in tmp_path.glob("*.png")} == {*FIGURES} - {"reconstructions.png"}
+    assert ".png" not in write_card(tmp_path, MINIMAL_RUN, {}).read_text(encoding="utf-8")
     assert not list(tmp_path.glob("*.png"))
 
 
@@ -120,26 +152,62 @@ def test_license_can_be_chosen():
     assert render_card(TrainingRun(name="out", license="mit")).data.license == "mit"
 
 
-@pytest.mark.parametrize("dataset", ["imagefolder", "/home/someone/flowers", "./flowers", "../flowers", "data/flowers"])
-def test_a_local_dataset_is_never_named_as_a_hub_dataset(dataset, tmp_path, monkeypatch):
-    (tmp_path / "data" / "flowers").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    card = render_card(TrainingRun(name="out", dataset=dataset, results={"accuracy": 0.5}, base_model=dataset))
+def test_a_local_dataset_is_never_named_as_a_hub_dataset():
+    run = TrainingRun(name="out", dataset_folder="flowers", results={"accuracy": 0.5}, base_folder="pretrained")
+    card = render_card(run)
     assert card.data.datasets is None
     assert card.data.base_model is None
     (result,) = card.data.eval_results
-    assert result.dataset_type == "local"
-    assert result.dataset_name == ("local folder" if dataset == "imagefolder" else "flowers")
-    # Nor does the text give the path or a link to the Hub.
-    assert "/flowers" not in str(card)
+    assert (result.dataset_type, result.dataset_name) == ("local", "flowers")
     assert "huggingface.co" not in str(card)
+    assert "the local folder flowers" in card.text
+    assert find_card_errors(str(card)) == []
 
 
-def test_hub_id_is_told_from_a_folder_of_the_same_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert is_hub_id("someone/flowers")
-    (tmp_path / "someone" / "flowers").mkdir(parents=True)
-    assert not is_hub_id("someone/flowers")
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"license": "apache 2"}, "license 'apache 2' is none that the Hub knows"),
+        ({"license": "other"}, "license 'other' needs license_name and license_link"),
+        ({"license": 2}, "license is no text"),
+        ({"library_name": None}, "library_name is missing"),
+        ({"datasets": ["imagefolder"]}, "dataset 'imagefolder' is none on the Hub"),
+        ({"datasets": ["/home/me/images"]}, "dataset '/home/me/images' is none on the Hub"),
+        ({"datasets": "someone/flowers"}, "datasets is no list of texts"),
+        ({"base_model": "../runs/mine"}, "base_model '../runs/mine' is none on the Hub"),
+        ({"base_model_relation": "child"}, "base_model_relation 'child' is none of finetune"),
+        ({"widget": [{"example_title": "x"}]}, "a widget example has no src"),
+        ({"widget": [{"src": "no.png"}]}, "no.png is not there"),
+        ({"model-index": [{"results": []}]}, "model-index has an entry without a name"),
+        ({"model-index": [{"name": "x", "results": [{}]}]}, "model-index has a result without a task type"),
+    ],
+)
+def test_what_the_hub_would_object_to_is_found_without_it(tmp_path, change, error):
+    metadata = render_card(FULL_RUN).data.to_dict()
+    text = yaml.safe_dump({**metadata, **change})
+    assert any(each.startswith(error) for each in find_card_errors(f"---\n{text}---\n", tmp_path))
+
+
+@pytest.mark.parametrize("value", [float("nan"), "0.5", None])
+def test_a_result_without_a_finite_value_is_found(value):
+    metadata = render_card(FULL_RUN).data.to_dict()
+    metadata["model-index"][0]["results"][0]["metrics"][0]["value"] = value
+    errors = find_card_errors(f"---\n{yaml.safe_dump(metadata)}---\n")
+    assert [error.partition(":")[0] for error in errors] == [
+        "model-index has a metric without a type or a finite value"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("---\n[1\n---\n", "the metadata are not YAML"),
+        ("---\n- 1\n---\n", "the metadata are not a mapping"),
+        ("# no metadata", "library_name is missing"),
+    ],
+)
+def test_metadata_that_are_none_are_found(text, error):
+    assert find_card_errors(text)[0].startswith(error)
 
 
 def test_no_result_is_indexed_without_a_dataset():
@@ -154,48 +222,86 @@ def test_no_result_is_indexed_without_a_dataset():
 def test_full_card_states_every_fact(tmp_path):
     text = write_card(tmp_path, FULL_RUN).read_text(encoding="utf-8")
     summary = next(line for line in text.splitlines() if line.startswith("A Vision Transformer"))
-    assert "preset deit\\_tiny, 5.5 M parameters, images of 224 x 224 pixels, 3 classes, fine-tuned from" in summary
+    assert "preset deit\\_tiny, 5.5 M parameters, 2.51 GFLOPs an image, images of 224 x 224 pixels" in summary
     assert "(https://huggingface.co/facebook/deit-tiny-patch16-224)" in summary
     assert "Measured on the test split (30 images) of [someone/flowers]" in text
-    assert read_table(text, "| Metric |") == [["Accuracy", "80.00%"], ["Top-5 accuracy", "100.00%"], ["Loss", "0.5123"]]
+    assert read_table(text, "| Metric |") == [
+        ["Accuracy", "80.00% (95 % interval 62.7% to 90.5%)"],
+        ["Top-5 accuracy", "100.00% (95 % interval 88.6% to 100.0%)"],
+        ["Loss", "0.5123"],
+    ]
+    assert read_table(text, "| Class | Images |") == [
+        ["daisy", "10", "100.0%", "66.7%", "80.0%"],
+        ["rose", "10", "80.0%", "100.0%", "88.9%"],
+        ["tulip", "10", "60.0%", "85.7%", "70.6%"],
+    ]
+    assert "It is less confident than right: mean confidence is 76.7%, 3.3% from accuracy." in text
+    assert "arxiv.org/abs/2012.12877" in text
     assert read_table(text, "| Split |") == [["train", "1,200"], ["test", "30"]]
     assert "```bash\npython -m trainers.finetune \\\n  --recipe flowers\n```" in text
     assert read_table(text, "| Fact |") == [
         ["Seed", "0"],
         ["Hardware", "1 x NVIDIA A100"],
         ["Wall time", "1 h 02 min"],
+        ["Speed", "812 images a second"],
+        ["Peak memory", "3.00 GiB"],
+        ["Code", "commit 0123456789ab"],
         ["torch", "2.8.0"],
         ["transformers", "5.17.0"],
     ]
     assert "](training_curves.png)" in text
     assert "](confusion_matrix.png)" in text
     # The daisies were all found: they are no weak side.
-    assert read_table(text, "| Class |") == [["tulip", "60.0%", "10", "daisy"], ["rose", "80.0%", "10", "daisy"]]
+    assert read_table(text, "| Class | Recall |") == [
+        ["tulip", "60.0%", "10", "daisy"],
+        ["rose", "80.0%", "10", "daisy"],
+    ]
 
 
 def test_unknown_facts_are_absent(tmp_path):
     text = write_card(tmp_path, MINIMAL_RUN).read_text(encoding="utf-8")
-    assert [line for line in text.splitlines() if line.startswith("#")] == ["# checkpoint-3", "## How to use"]
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        "# checkpoint-3",
+        "## How to use",
+        "## Use and limits",
+    ]
     assert "\nA Vision Transformer (`vit_custom`) that classifies images.\n" in text
     assert "None" not in text
     assert "|" not in text
     assert ".png" not in text
     assert set(ModelCard(text).data.to_dict()) == {"library_name", "pipeline_tag", "tags"}
-    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "run.json"}
 
 
 @pytest.mark.parametrize(
     ("facts", "words"),
     [
         ({"from_scratch": True}, "classifies images, trained from scratch."),
-        ({"base_model": "/runs/pretrained"}, "classifies images, fine-tuned from the local checkpoint pretrained."),
+        ({"base_folder": "pretrained"}, "classifies images, fine-tuned from the local checkpoint pretrained."),
+        ({"ema_decay": 0.999}, "classifies images, with weights averaged over training (decay 0.999)."),
+        ({"step": 20, "max_steps": 1000}, "Training goes on: these are the weights of step 20 of 1,000."),
+        ({"calibration": [(10, 0.9, 0.75)]}, "It is more confident than right: mean confidence is 90.0%, 15.0% from"),
+        ({"energy": 0.0123}, "| Energy | 0.0123 kWh, measured for the whole machine |"),
         ({"image_size": (192, 256)}, "classifies images, images of 192 x 256 pixels."),
         ({"num_parameters": 24_610}, "classifies images, 0.025 M parameters."),
         ({"wall_time": 61.0}, "| Wall time | 1 min 01 s |"),
         ({"wall_time": 59.4}, "| Wall time | 59 s |"),
         ({"results": {"loss": 1.0}}, "The split is not recorded."),
         ({"results": {"loss": 1.0}, "evaluation_split": "test"}, "Measured on the test split."),
-        ({"results": {"loss": 1.0}, "dataset": "imagefolder"}, "Measured on a local folder."),
+        (
+            {
+                "results": {"loss": 1.0},
+                "evaluation_split": "validation",
+                "evaluation_origin": "train",
+                "dataset": "a/b",
+            },
+            "Measured on the validation split, held out of the train split of [a/b]",
+        ),
+        (
+            {"results": {"loss": 1.0}, "evaluation_split": "validation", "evaluation_origin": "dev"},
+            "Measured on the dev split.",
+        ),
+        ({"results": {"loss": 1.0}, "dataset_folder": "cats"}, "Measured on the local folder cats."),
         ({"results": {"balanced_accuracy": 0.75}}, "| Balanced accuracy (mean recall) | 75.00% |"),
         ({"results": {"macro_f1": 0.125}}, "| Macro F1 | 12.50% |"),
         ({"results": {"expected_calibration_error": 0.0125}}, "| Calibration error (ECE, 15 bins) | 1.25% |"),
@@ -211,7 +317,8 @@ def test_single_facts(facts, words):
 def test_the_template_asks_for_nothing_that_is_not_given(run, monkeypatch):
     # By default Jinja renders a misspelt name as nothing.
     monkeypatch.setattr(jinja2, "Template", functools.partial(jinja2.Template, undefined=jinja2.StrictUndefined))
-    render_card(run, figures=["training_curves.png", "confusion_matrix.png"])
+    render_card(run, files=[*FIGURES, "recipe.yaml"])
+    render_card(replace(run, task=FEATURES), files=FIGURES, hub_id="someone/model")
 
 
 def test_impossible_facts_are_refused():
@@ -238,7 +345,7 @@ def test_nasty_class_names_survive(tmp_path):
         name=NASTY_NAMES[2],
         label_names=NASTY_NAMES,
         confusion_matrix=matrix,
-        dataset="imagefolder",
+        dataset_folder=NASTY_NAMES[4],
         evaluation_split=NASTY_NAMES[3],
         split_sizes={NASTY_NAMES[0]: 1},
         results={"accuracy": 0.0},
@@ -246,7 +353,7 @@ def test_nasty_class_names_survive(tmp_path):
     )
     text = write_card(tmp_path, run).read_text(encoding="utf-8")
     expected = [" ".join(name.split()) for name in NASTY_NAMES]
-    rows = read_table(text, "| Class |")
+    rows = read_table(text, "| Class | Recall |")
     assert [row[0] for row in rows] == expected
     assert [row[3] for row in rows] == expected[1:] + expected[:1]
     assert read_table(text, "| Split |") == [["a|b", "1"]]
@@ -262,7 +369,7 @@ def test_nasty_class_names_survive(tmp_path):
 
 
 def test_a_model_of_the_library_needs_no_trust():
-    card = render_card(TrainingRun(name="someone/flowers", model_type="vit"))
+    card = render_card(TrainingRun(name="flowers", model_type="vit"), hub_id="someone/flowers")
     assert card.data.tags == ["vit", "vision"]
     assert 'pipeline("image-classification", model="someone/flowers")' in card.text
     assert "trust_remote_code" not in card.text
@@ -303,7 +410,7 @@ def test_a_perfect_matrix_is_not_praised():
     run = TrainingRun(name="out", label_names=["a", "b"], confusion_matrix=np.diag([3, 4]), evaluation_split="test")
     text = render_card(run).text
     assert "No image of the test split was misclassified" in text
-    assert "| Class |" not in text
+    assert "| Class | Recall |" not in text
 
 
 # ---------------------------------------------------------------------------------------------------------- snippets
@@ -327,7 +434,11 @@ def test_snippets_run_as_they_stand(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     text = write_card(folder, MINIMAL_RUN).read_text(encoding="utf-8")
     snippets = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(snippets) == 2
+    assert len(snippets) == 3
+    for name in ("cat", "dog"):
+        (folder / "images" / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (20, 30), "blue").save(folder / "images" / name / f"{number}.png")
     outputs = []
     for snippet in snippets:
         Path("snippet.py").write_text(snippet, encoding="utf-8")
@@ -337,6 +448,118 @@ def test_snippets_run_as_they_stand(tmp_path, monkeypatch, capsys):
     assert sorted(classes) == ["daisy", "rose"]
     # Both ways agree on the likeliest class.
     assert outputs[1].strip() == classes[0]
+    assert "'train_loss'" in outputs[2]
+
+
+# --------------------------------------------------------------------------------------------------- facts and edits
+
+
+def test_facts_survive_their_file(tmp_path):
+    run = replace(FULL_RUN, examples={"examples/1.png": "daisy"}, image_size=(192, 256), versions={"é": "1"})
+    write_card(tmp_path, run)
+    assert str(render_card(read_run(tmp_path), FIGURES)) == str(render_card(run, FIGURES))
+
+
+def test_facts_that_are_none_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no run.json in .*: give a folder that a training run left"):
+        read_run(tmp_path)
+    for text in ("{", "[1]", '{"name": "x", "colour": 1}', '{"name": "x", "results": {"accuracy": 2}}'):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(ValueError, match="holds no facts of a run"):
+            read_run(tmp_path)
+
+
+def test_what_people_wrote_survives_a_new_card():
+    old = str(render_card(MINIMAL_RUN, hub_id="someone/model"))
+    edited = old.replace("# checkpoint-3", "# Our flowers\n\nTaken in May.").replace(
+        "<!-- end use -->", "<!-- end use -->\n\n## Thanks\n\nTo all."
+    )
+    edited = edited.replace("library_name: transformers", "library_name: nonsense\nlicense: mit\nlanguage: en")
+    edited = edited.replace("tags:", "tags:\n- flowers").replace("classify = pipeline", "classify = nothing")
+    new = str(render_card(replace(FULL_RUN, license="apache-2.0"), FIGURES, hub_id="someone/model"))
+    merged = merge_cards(edited, new, generated=old)
+    metadata, body = split_card(merged)
+    for words in ("# Our flowers\n\nTaken in May.", "## Thanks\n\nTo all.", "## Results", "```bibtex"):
+        assert words in body
+    for words in ("# deit-tiny-flowers", "nothing", "nonsense"):
+        assert words not in merged
+    assert find_parts(body) == find_parts(split_card(new)[1])
+    assert list(find_parts(body)) == list(find_parts(split_card(new)[1]))
+    assert (metadata["license"], metadata["language"]) == ("mit", "en")
+    assert set(metadata["tags"]) == {"flowers", "vit_custom", "vision", "arxiv:2012.12877"}
+    assert metadata["model-index"] == split_card(new)[0]["model-index"]
+    assert merge_cards(merged, new, generated=new) == merged
+    # What the newer run does not know goes.
+    assert "## Results" not in merge_cards(merged, old, generated=new)
+
+
+def test_a_card_by_hand_stays_above_the_generated_parts():
+    new = str(render_card(MINIMAL_RUN))
+    merged = merge_cards("# By hand\n\nAll of it.\n", new)
+    assert split_card(merged)[1].lstrip().startswith("# By hand\n\nAll of it.\n\n<!-- begin summary")
+    assert find_parts(merged) == find_parts(new)
+    with pytest.raises(ValueError, match=r"the card's part 'use' has no '<!-- end use -->'"):
+        merge_cards(merged.replace("<!-- end use -->", ""), new)
+
+
+def test_a_card_is_rebuilt_from_what_the_run_left(tmp_path, capsys):
+    write_card(tmp_path, FULL_RUN, PICTURES)
+    card, curves = tmp_path / "README.md", tmp_path / "training_curves.png"
+    whole = card.read_text(encoding="utf-8")
+    card.write_text(whole.replace("80.00%", "99.99%").replace("# deit-tiny-flowers", "# Mine"), encoding="utf-8")
+    curves.unlink()
+    rebuild([str(tmp_path)])
+    assert card.read_text(encoding="utf-8").splitlines() == whole.replace("# deit-tiny-flowers", "# Mine").splitlines()
+    assert curves.exists()
+    assert (tmp_path / PREDICTIONS).exists()
+    card.unlink()
+    rebuild([str(tmp_path)])
+    assert "# deit-tiny-flowers" in card.read_text(encoding="utf-8")
+    capsys.readouterr()
+
+
+OWN_CARDS = sorted((Path(__file__).parents[1] / "model_cards").glob("*/run.json"))
+
+
+@pytest.mark.parametrize("facts", OWN_CARDS, ids=lambda path: path.parent.name)
+def test_the_cards_of_this_project_say_what_their_runs_left(facts):
+    folder = facts.parent
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    generated = str(render_card(read_run(folder), [path.name for path in folder.iterdir()]))
+    assert find_parts(split_card(text)[1]) == find_parts(split_card(generated)[1])
+    assert split_card(text)[0] == split_card(generated)[0]
+    assert find_card_errors(text, folder) == []
+
+
+def test_there_is_a_card_of_a_run_of_this_project():
+    assert OWN_CARDS
+
+
+def test_a_card_that_cannot_be_rebuilt(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        rebuild([str(tmp_path)])
+    assert exit_info.value.code == 2
+    assert re.fullmatch(r"card: error: there is no run.json in .*\n", capsys.readouterr().err)
+    write_card(tmp_path, FULL_RUN)
+    (tmp_path / "confusion_matrix.png").unlink()
+    with pytest.raises(SystemExit):
+        rebuild([str(tmp_path), "--check"])
+    assert "confusion_matrix.png is not there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 7), (7, 7), (24, 30), (1, 1), (8830, 10000)])
+def test_intervals_are_wilsons(right, count):
+    expected = binomtest(right, count).proportion_ci(0.95, "wilson")
+    np.testing.assert_allclose(confidence_interval(right / count, count), expected, atol=1e-6)
+
+
+def test_papers_have_their_entries():
+    for paper in PAPERS.values():
+        entry = paper.bibtex()
+        assert entry.count("{") == entry.count("}")
+        assert re.search(r"arxiv.org/abs/\d{4}\.\d{5}}", entry)
+    assert len({paper.arxiv for paper in PAPERS.values()}) == len(PAPERS)
+    assert {"apache-2.0", "mit", "other"} <= LICENSES
 
 
 # ----------------------------------------------------------------------------------------------------------- figures
@@ -443,13 +666,13 @@ def test_confusion_matrix_refuses_what_does_not_fit():
 
 
 def test_figures_are_written_as_pngs_of_sensible_size(tmp_path):
-    write_card(tmp_path, FULL_RUN)
-    for name in ("training_curves.png", "confusion_matrix.png"):
+    write_card(tmp_path, FULL_RUN, PICTURES)
+    for name in ("training_curves.png", "confusion_matrix.png", "calibration.png", PREDICTIONS, ATTENTION):
         with Image.open(tmp_path / name) as image:
             image.load()
             assert image.format == "PNG"
             assert 500 <= image.width <= 2500
-            assert 400 <= image.height <= 2500
+            assert 200 <= image.height <= 2500
             assert len(image.convert("RGB").getcolors(maxcolors=10**6)) > 50
 
 
@@ -457,3 +680,42 @@ def test_figures_leave_pyplot_alone(tmp_path):
     before = pyplot.get_fignums()
     write_card(tmp_path, FULL_RUN)
     assert pyplot.get_fignums() == before
+
+
+def test_commands_are_broken_between_their_options():
+    command = "python -m trainers.finetune --recipe cifar10_vit --config_overrides 'pooling=mean --x' a=1 --seed 0"
+    text = render_card(TrainingRun(name="out", command=command)).text
+    broken = re.search(r"```bash\n(.*?)\n```", text, re.DOTALL)[1]
+    assert broken.splitlines()[1:] == [
+        "  --recipe cifar10_vit \\",
+        "  --config_overrides 'pooling=mean --x' a=1 \\",
+        "  --seed 0",
+    ]
+    assert shlex.split(broken.replace("\\\n", "")) == shlex.split(command)
+
+
+def test_a_bin_of_few_images_has_no_accuracy():
+    line = plot_calibration([(1, 0.2, 0.0), (30, 0.9, 1.0)]).axes[0].get_lines()[1]
+    np.testing.assert_array_equal(line.get_ydata(), [np.nan, 1.0])
+
+
+def test_calibration_holds_the_bins():
+    above, below = plot_calibration([(10, 0.5, 0.4), (30, 0.9, 1.0)]).axes
+    assert read_lines(above)["this model"] == ([0.5, 0.9], [0.4, 1.0])
+    assert [bar.get_height() for bar in below.patches] == [0.25, 0.75]
+
+
+def test_predictions_say_what_is_wrong():
+    figure = plot_predictions({"drawn at random": [(IMAGE, "a", "a", 0.5), (IMAGE, "a", "$b", 0.25)], "none": []})
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert titles == ["a 50%", "$b 25%\nis: a"]
+
+
+def test_attention_darkens_what_does_not_count():
+    weights = np.zeros((32, 32))
+    weights[:16] = 1
+    whole, seen = plot_attention([(np.full((32, 32, 3), 200, np.uint8), weights, "a")]).axes[:2]
+    np.testing.assert_array_equal(whole.get_images()[0].get_array(), 200)
+    dimmed = seen.get_images()[0].get_array()
+    assert (dimmed[:16] == 200).all()
+    assert (dimmed[16:] == 30).all()

@@ -36,7 +36,7 @@ MASKED = {
 def run(folder, objective="masked_autoencoder", *argv):
     model = MASKED[objective][0]
     given = ["--objective", objective, "--model", model, "--dataset", "digits", "--output_dir", str(folder)]
-    pretrain([*given, "--probe_images", "60", *SHORT, *argv])
+    pretrain([*given, "--probe_images", "60", *SHORT, "--card_images", "4", *argv])
     return folder
 
 
@@ -171,7 +171,7 @@ def test_supervised_pretraining_is_a_classifier(tmp_path, capsys):
     argv = ["--recipe", "quickstart", "--output_dir", str(tmp_path), *SHORT]
     pretrain(argv)
     assert "3 held-out images through pipeline" in capsys.readouterr().out
-    assert "python -m trainers.pretrain --recipe quickstart" in (tmp_path / "README.md").read_text()
+    assert "python -m trainers.pretrain \\\n  --recipe quickstart" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

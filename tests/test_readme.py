@@ -15,7 +15,7 @@ from trainers.gallery import main as gallery
 from trainers.pretrain import main as pretrain
 
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
 SCRIPTS = {"finetune": finetune, "pretrain": pretrain, "gallery": gallery}
 COMMANDS = re.findall(r"^\.venv/bin/python -m trainers\.(\w+) (--recipe .*)$", README, re.MULTILINE)
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -40,15 +40,20 @@ def test_commands_of_every_script_are_shown():
 
 
 @pytest.mark.parametrize(("script", "line"), COMMANDS, ids=[script for script, _ in COMMANDS])
-def test_commands_run(script, line, place):
+def test_commands_run(script, line, place, hub):
     argv = shlex.split(line)
+    if "--push_to_hub" in argv:
+        argv = [argument.replace("user/", "someone/") for argument in argv]
     small = {"user/name": "runs/digits", "vit_small_patch16_224": "vit_nano_patch2_8"}
     argv = [small.get(argument, argument) for argument in argv]
     if "--model" not in argv:
         argv += ["--model", "vit_nano_patch2_8"]
     SCRIPTS[script]([*argv, *(["--bf16", "false", *SHORT] if script != "gallery" else [])])
     made = {"finetune": "runs/mine/README.md", "pretrain": "runs/mae/README.md", "gallery": "gallery.png"}
-    assert (place / made[script]).is_file()
+    if "--push_to_hub" in argv:
+        assert "model.safetensors" in hub.files("someone/digits")
+    else:
+        assert (place / made[script]).is_file()
 
 
 @pytest.mark.slow

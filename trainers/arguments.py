@@ -25,6 +25,8 @@ from transformers.image_utils import (
     IMAGENET_STANDARD_STD,
 )
 
+from model_cards.metadata import LICENSES
+
 
 RECIPES = Path(__file__).parent / "recipes"
 OPTIMIZERS = ("adamw", "sgd", "lamb", "lars", "muon")
@@ -42,7 +44,12 @@ SHOWN_OF_TRAINER = {
     "dataloader_num_workers",
     "disable_tqdm",
     "gradient_accumulation_steps",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_revision",
+    "hub_strategy",
     "max_steps",
+    "push_to_hub",
     "report_to",
     "resume_from_checkpoint",
     "seed",
@@ -258,6 +265,16 @@ class TrainingArguments(transformers.TrainingArguments):
     ema_decay: float = field(
         default=0.0, metadata={"help": "Average the weights with this decay, e.g. 0.999, for evaluation; 0 is off."}
     )
+    license: str | None = field(
+        default=None, metadata={"help": "Of the weights, as the Hub calls it, e.g. apache-2.0. Default: not said."}
+    )
+    card_images: int = field(
+        default=8, metadata={"help": "Held-out images that the card shows and the Hub gets; 0 is none."}
+    )
+    carbon_intensity: float | None = field(
+        default=None,
+        metadata={"help": "Of your electricity, in grams of CO2 equivalent a kWh, where its energy can be measured."},
+    )
     initial_image_size: int | None = field(
         default=None, metadata={"help": "Start with smaller images, which grow to the model's size. Default: no."}
     )
@@ -314,8 +331,20 @@ class TrainingArguments(transformers.TrainingArguments):
             raise ValueError("remove_unused_columns=True would drop the images before they become inputs")
         if self.hub_token is not None:
             raise ValueError("hub_token on a command line ends in logs and histories: run `hf auth login` instead")
-        if self.push_to_hub:
-            raise ValueError("push_to_hub=True would publish another card: upload the finished folder by `hf upload`")
+        if self.hub_strategy in ("checkpoint", "all_checkpoints"):
+            raise ValueError(f"hub_strategy={self.hub_strategy!r} would publish pickled files: use end or every_save")
+        if self.license is not None and self.license not in LICENSES:
+            near = suggest(self.license, LICENSES)
+            raise ValueError(f"license={self.license!r} is none that the Hub knows{near}")
+        if self.license == "other" and self.push_to_hub:
+            raise ValueError(
+                "license='other' needs license_name and license_link in the card: write them there after the run, and "
+                "publish it by `python -m trainers.publish`"
+            )
+        for name in ("card_images", "carbon_intensity"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value} must be 0 or more")
         if self.bf16 and not torch.accelerator.is_available():
             self.use_cpu = True  # or the Trainer asks for a GPU, while processors know bf16 as well
         super().__post_init__()
@@ -406,7 +435,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         super().add_usage(f"{self._prog} [--recipe NAME|FILE] [--FIELD VALUE ...]", [], [], prefix)
 
 
-class _Parser(HfArgumentParser):
+class Parser(HfArgumentParser):
     """argparse without the page of usage that would bury the one line that matters."""
 
     def error(self, message: str):
@@ -423,7 +452,7 @@ def parse_arguments(
     Raises:
         ValueError: for an unknown field or recipe, or a value of the wrong type.
     """
-    parser = _Parser(
+    parser = Parser(
         dataclasses,
         prog=program,
         description=description,
@@ -443,7 +472,7 @@ def parse_arguments(
     recipe_help = f"Fields from a YAML file, or by name: {', '.join(list_recipes())}."
     parser.add_argument("--recipe", metavar="NAME|FILE", help=recipe_help)
 
-    recipe_parser = _Parser((), add_help=False, allow_abbrev=False)
+    recipe_parser = Parser((), add_help=False, allow_abbrev=False)
     recipe_parser.add_argument("--recipe")
     named, rest = recipe_parser.parse_known_args(argv)
     fields = read_recipe(named.recipe) if named.recipe else {}
@@ -480,7 +509,7 @@ RIVALS = {"learning_rate": "base_learning_rate", "base_learning_rate": "learning
 
 def _read_given(dataclasses: Sequence[type], argv: Sequence[str] | None) -> dict:
     """The fields that a command line names, and nothing of the defaults."""
-    parser = _Parser(dataclasses, add_help=False, allow_abbrev=False)
+    parser = Parser(dataclasses, add_help=False, allow_abbrev=False)
     for action in parser._actions:
         action.default, action.required = argparse.SUPPRESS, False
     return vars(parser.parse_known_args(argv)[0])
@@ -520,7 +549,7 @@ def read_recipe(name: str) -> dict:
 
 def write_recipe(path: Path, fields: dict) -> None:
     """The inverse of `read_recipe`, less what is about one output folder, which the next run must not share."""
-    own = ("output_dir", "overwrite", "resume_from_checkpoint")
+    own = ("output_dir", "overwrite", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_revision")
     plain = {name: getattr(value, "value", value) for name, value in fields.items() if name not in own}
     path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
 

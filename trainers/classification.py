@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +10,8 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
 from transformers import pipeline, set_seed
 
-from model_cards.card import METRIC_TITLES, TrainingRun, write_card
+from model_cards.facts import TrainingRun
+from model_cards.rendering import METRIC_TITLES, write_card
 from trainers.arguments import (
     AugmentationArguments,
     LossArguments,
@@ -27,11 +28,22 @@ from trainers.data import (
     label_names,
     sample_images,
 )
+from trainers.illustrations import NUM_EXAMPLES, illustrate, write_examples
 from trainers.losses import Criterion, effective_number_weights, logit_adjustment
-from trainers.metrics import SINGLE_METRICS, compute_metrics, count_confusions
+from trainers.metrics import SINGLE_METRICS, calibration_bins, compute_metrics, count_confusions
 from trainers.mixing import Mixing
 from trainers.models import make_model, read_processor
-from trainers.runs import check_output_dir, describe, gather_facts, load_training_splits, prepare_images, train
+from trainers.runs import (
+    check_output_dir,
+    count_flops,
+    describe,
+    gather_facts,
+    load_training_splits,
+    name_split,
+    prepare_images,
+    push,
+    train,
+)
 from trainers.sampling import ClassBalancedSampler, RepeatedAugmentationSampler
 from trainers.teachers import Teacher
 from trainers.vit_trainer import ViTTrainer
@@ -71,10 +83,21 @@ def train_classifier(command: TrainingCommand) -> None:
             teacher=Teacher(command.loss, label_names(splits), mean, std, training_args.device, training_args.bf16)
             if command.loss.teacher
             else None,
+            describe=lambda: TrainingRun(**facts(), **latest_evaluation(trainer.state.log_history)),
         )
+
+    def facts() -> dict:
+        published = trainer.published_model()
+        known = gather_facts(command, trainer, size)
+        return known | {
+            "num_parameters": published.num_parameters(),
+            "flops": count_flops(published, size),
+            "label_names": label_names(splits),
+        }
+
     if trainer.is_world_process_zero():
         print(describe(f"{command.model.model}, {model.config.num_labels} classes", model, splits, training_args))
-    trained, wall_time = train(trainer, command.program)
+    trained = train(trainer, command.program)
     trainer.save_metrics(TRAIN, trained.metrics)
     trainer.save_state()
 
@@ -89,22 +112,40 @@ def train_classifier(command: TrainingCommand) -> None:
     if not trainer.is_world_process_zero():
         return
 
-    output_dir = Path(training_args.output_dir)
-    results = {name.removeprefix(f"{reported}_"): value for name, value in predictions[reported].metrics.items()}
+    output_dir, judged = Path(training_args.output_dir), predictions[reported]
+    results = {name.removeprefix(f"{reported}_"): value for name, value in judged.metrics.items()}
+    known, count = facts(), training_args.card_images
     run = TrainingRun(
-        **gather_facts(command, trainer, size, wall_time),
-        num_parameters=trainer.published_model().num_parameters(),
-        label_names=label_names(splits),
+        **known,
         split_sizes=({} if command.data.streaming else {TRAIN: len(labels)})
         | {name: len(prediction.label_ids) for name, prediction in predictions.items()},
         evaluation_split=reported,
+        evaluation_origin=name_split(splits[reported], reported),
         results={name: results[name] for name in METRIC_TITLES if name in results},
-        confusion_matrix=count_confusions(predictions[reported].predictions, predictions[reported].label_ids),
+        confusion_matrix=count_confusions(judged.predictions, judged.label_ids),
+        calibration=calibration_bins(judged.predictions, judged.label_ids),
+        examples=write_examples(output_dir, splits[reported], min(count, NUM_EXAMPLES)),
     )
-    write_card(output_dir, run)
+    pictures = {}
+    if count:
+        with trainer.averaged_weights():
+            published = trainer.published_model().eval()
+            pictures = illustrate(published, processor, splits[reported], judged.predictions, count)
     write_recipe(output_dir / "recipe.yaml", command.given)
-    print(f"\n{reported} accuracy {results['accuracy']:.2%} after {wall_time:.0f} s of training; saved to {output_dir}")
+    write_card(output_dir, run, pictures)
+    print(
+        f"\n{reported} accuracy {results['accuracy']:.2%} after {known['wall_time']:.0f} s of training; "
+        f"saved to {output_dir}"
+    )
     show_predictions(output_dir, splits[reported], command.model.trust_remote_code)
+    push(trainer, command.program)
+
+
+def latest_evaluation(log_history: Sequence[Mapping]) -> dict:
+    """Fields of `TrainingRun` from the last evaluation that was logged."""
+    logged = next((entry for entry in reversed(log_history) if "eval_loss" in entry), {})
+    results = {name: logged[f"eval_{name}"] for name in METRIC_TITLES if f"eval_{name}" in logged}
+    return {"results": results, "evaluation_split": VALIDATION} if results else {}
 
 
 def take_logits(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:

@@ -184,10 +184,10 @@ class _StreamReader:
 
 
 def sample_images(split: Dataset | IterableDataset, count: int) -> list[tuple[PIL.Image.Image, int]]:
-    """Up to `count` images with their labels: from all over the split, or the first readable ones of a stream."""
+    """Up to `count` images with their labels: drawn from the split, always the same, or the first ones of a stream."""
     encoded = split.cast_column(IMAGE, Image(decode=False))
     if isinstance(split, Dataset):
-        encoded = encoded.select(range(0, len(split), max(1, len(split) // count)))
+        encoded = encoded.select(np.random.default_rng(0).permutation(len(split)))
     readable = (row for row in encoded if _find_fault(row[IMAGE]) is None)
     return [(decode(row[IMAGE]), row[LABEL]) for row in islice(readable, count)]
 
@@ -224,7 +224,7 @@ def load_digits() -> DatasetDict:
     pixels = np.round(scans.images * (255 / 16)).astype(np.uint8)
     features = datasets.Features({IMAGE: Image(), LABEL: ClassLabel(names=[str(name) for name in scans.target_names])})
     rows = {IMAGE: list(pixels), LABEL: scans.target.tolist()}
-    return DatasetDict({TRAIN: Dataset.from_dict(rows, features=features)})
+    return DatasetDict({TRAIN: Dataset.from_dict(rows, features=features, split=datasets.Split.TRAIN)})
 
 
 def _load(arguments: DataArguments, needs_labels: bool) -> Splits:

@@ -71,8 +71,8 @@ def balanced_accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.nanmean(per_class_recall(logits, labels)))
 
 
-def expected_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
-    """How far confidence lies from accuracy: their mean absolute difference over bins of equal width.
+def calibration_bins(logits: np.ndarray, labels: np.ndarray) -> list[tuple[int, float, float]]:
+    """Images, mean confidence and accuracy in each bin of confidence of equal width that is not empty.
 
     https://arxiv.org/abs/1706.04599, section 2. Confidence is the probability of the likeliest class, in float64.
     """
@@ -80,10 +80,17 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
     logits = logits.astype(np.float64)
     confidence = 1 / np.exp(logits - logits.max(axis=-1, keepdims=True)).sum(axis=-1)
     inner_edges = np.linspace(0, 1, CALIBRATION_BINS + 1)[1:-1]
-    gaps = np.bincount(
-        np.digitize(confidence, inner_edges, right=True), weights=confidence - (logits.argmax(axis=-1) == labels)
-    )
-    return float(np.abs(gaps).sum() / len(labels))
+    bins = np.digitize(confidence, inner_edges, right=True)
+    images, is_right = np.bincount(bins), logits.argmax(axis=-1) == labels
+    sums = (np.bincount(bins, weights=confidence), np.bincount(bins, weights=is_right))
+    filled = np.flatnonzero(images)
+    return [(int(images[bin]), *(float(each[bin] / images[bin]) for each in sums)) for bin in filled]
+
+
+def expected_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
+    """How far confidence lies from accuracy: their mean absolute difference over the bins of `calibration_bins`."""
+    bins = calibration_bins(logits, labels)
+    return sum(images * abs(confidence - right) for images, confidence, right in bins) / len(labels)
 
 
 def count_confusions(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -16,7 +16,9 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoModelForMaskedImageModeling, AutoModelForPreTraining, PreTrainedModel, set_seed
 
-from model_cards.card import FEATURES, METRIC_TITLES, TrainingRun, write_card
+from model_cards.facts import FEATURES, TrainingRun
+from model_cards.figures import plot_images
+from model_cards.rendering import METRIC_TITLES, RECONSTRUCTIONS, write_card
 from trainers.arguments import (
     COMMON_GROUPS,
     LossArguments,
@@ -39,7 +41,17 @@ from trainers.image_ops import to_arrays
 from trainers.models import make_model, read_processor
 from trainers.probing import probe
 from trainers.reconstruction import reconstruct
-from trainers.runs import check_output_dir, describe, gather_facts, load_training_splits, prepare_images, train
+from trainers.runs import (
+    check_output_dir,
+    count_flops,
+    describe,
+    gather_facts,
+    load_training_splits,
+    name_split,
+    prepare_images,
+    push,
+    train,
+)
 from trainers.vit_trainer import ViTTrainer
 
 
@@ -104,10 +116,20 @@ def train_encoder(command: TrainingCommand, arguments: PretrainingArguments) -> 
             processing_class=processor,
             augmentation=augmentation,
             sampler=make_sampler(command.augmentation, command.loss, labels, training_args.seed),
+            describe=lambda: TrainingRun(**facts()),
         )
+
+    def facts() -> dict:
+        return gather_facts(command, trainer, size) | {
+            "task": FEATURES,
+            "objective": arguments.objective,
+            "num_parameters": trainer.model.base_model.num_parameters(),
+            "flops": count_flops(trainer.model.base_model, size),
+        }
+
     if trainer.is_world_process_zero():
         print(describe(f"{command.model.model}, {arguments.objective}", model, splits, training_args))
-    trained, wall_time = train(trainer, command.program)
+    trained = train(trainer, command.program)
     trainer.save_metrics(TRAIN, trained.metrics)
     trainer.save_state()
     metrics = {} if judging is None else trainer.evaluate(metric_key_prefix=judging)
@@ -135,27 +157,26 @@ def train_encoder(command: TrainingCommand, arguments: PretrainingArguments) -> 
         trainer.save_metrics(judging, metrics | {f"{judging}_{name}": value for name, value in results.items()})
 
     output_dir = Path(training_args.output_dir)
+    known, columns = facts(), ("image", "masked", "reconstructed")
     run = TrainingRun(
-        **gather_facts(command, trainer, size, wall_time),
-        task=FEATURES,
-        num_parameters=model.base_model.num_parameters(),
+        **known,
         split_sizes={} if streaming else {name: len(split) for name, split in splits.items()},
         evaluation_split=judging,
+        evaluation_origin=None if judging is None else name_split(splits[judging], judging),
         results=results,
-        reconstructions=show_reconstructions(model, evaluated[judging or TRAIN], mean, std),
     )
-    write_card(output_dir, run)
     write_recipe(output_dir / "recipe.yaml", command.given)
-    figures = [f"{METRIC_TITLES[name]} {value:.4f}" for name, value in results.items()]
-    print(
-        f"\n{', '.join([judging or 'not judged', *figures])} after {wall_time:.0f} s of training; saved to {output_dir}"
-    )
+    rows = show_reconstructions(model, evaluated[judging or TRAIN], mean, std)
+    write_card(output_dir, run, {RECONSTRUCTIONS: plot_images(rows, columns)} if training_args.card_images else {})
+    figures = ", ".join([judging or "not judged", *(f"{METRIC_TITLES[name]} {results[name]:.4f}" for name in results)])
+    print(f"\n{figures} after {known['wall_time']:.0f} s of training; saved to {output_dir}")
     print(
         f"\nNext:\n"
         f"  read the card and the figures   {output_dir / 'README.md'}\n"
         f"  fine-tune it                    python -m trainers.finetune --recipe {FINE_TUNING[arguments.objective]} "
         f"--dataset path/to/images --model {shlex.quote(str(output_dir))}"
     )
+    push(trainer, command.program)
 
 
 def check_given(given: Collection[str], objective: str) -> None:

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import BaseImageProcessor, PreTrainedModel, TrainerCallback, TrainerState
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
-from model_cards.environment import describe_hardware, library_versions
-from modeling_vit_custom import list_presets
+from model_cards.citations import PAPERS
+from model_cards.environment import EnergyMeter, code_commit, describe_hardware, library_versions, peak_memory
+from model_cards.metadata import is_repo_id
+from modeling_vit_custom import ViTCustomConfig, list_presets
 from trainers import ema
 from trainers.arguments import AugmentationArguments, LossArguments, TrainingArguments, TrainingCommand
 from trainers.augmentation import Augmentation, Crop
@@ -31,8 +34,12 @@ from trainers.data import (
     training_images,
     with_transform,
 )
+from trainers.hub import RefusedError
 from trainers.models import read_processor
 from trainers.vit_trainer import CheckpointNotReadError, CheckpointNotWrittenError, TrainingDivergedError, ViTTrainer
+
+
+SECONDS_BETWEEN_READINGS = 60.0  # of the energy counters
 
 
 def check_output_dir(training_args: TrainingArguments) -> None:
@@ -175,15 +182,15 @@ def describe(name: str, model: PreTrainedModel, splits: Splits, training_args: T
     return f"{name}: {model.num_parameters():,} parameters{of_them}\n{sizes} images; {length} on {hardware}"
 
 
-def train(trainer: ViTTrainer, program: str) -> tuple[TrainOutput, float]:
-    """What the Trainer reports, and the wall time in seconds; a run that cannot go on ends in one line.
+def train(trainer: ViTTrainer, program: str) -> TrainOutput:
+    """What the Trainer reports; a run that cannot go on ends in one line.
 
     Raises:
         SystemExit: after an interruption, a loss that is not finite, a broken image of a stream, or a checkpoint that
             could not be written or read.
     """
     args = trainer.args
-    trainer.add_callback(WallTime())
+    trainer.add_callback(Spent())
     if args.overwrite and not args.resume_from_checkpoint and args.should_save:
         for folder in Path(args.output_dir).glob("checkpoint-*"):
             shutil.rmtree(folder)  # or an interrupted run would go on from another's
@@ -212,26 +219,59 @@ def train(trainer: ViTTrainer, program: str) -> tuple[TrainOutput, float]:
         *_, last = str(error).splitlines()
         print(f"\n{program}: error: {last.partition('BrokenImageError: ')[2] or last}", file=sys.stderr)
         raise SystemExit(2) from error
-    return output, WallTime.read(trainer.state)
+    return output
 
 
-class WallTime(TrainerCallback, ExportableState):
-    """Seconds of training, kept in the Trainer's state: those of a resumed run go on from its checkpoint's."""
+def push(trainer: ViTTrainer, program: str) -> None:
+    """Sends a finished run to the Hub, if that was asked for.
+
+    Raises:
+        SystemExit: if the Hub does not take it; nothing is lost.
+    """
+    args = trainer.args
+    if not args.push_to_hub or not trainer.is_world_process_zero():
+        return
+    try:
+        print(f"\nOn the Hub: {trainer.push_to_hub().commit_url}")
+    except (RefusedError, ValueError) as error:
+        branch = f" --revision {args.hub_revision}" if args.hub_revision else ""
+        again = f"python -m trainers.publish {shlex.quote(args.output_dir)} {trainer.hub_model_id}{branch}"
+        raise SystemExit(
+            f"{program}: error: trained, but not published: {error}; {args.output_dir} is complete: go on by `{again}`"
+        ) from error
+
+
+class Spent(TrainerCallback, ExportableState):
+    """Seconds and joules of training, kept in the Trainer's state: a resumed run adds to those of its checkpoint."""
 
     def __init__(self):
-        self.seconds, self.start = 0.0, time.perf_counter()
+        self.before = {"seconds": 0.0, "joules": 0.0}
+        self.start = self.last_reading = time.perf_counter()
+        self.meter = EnergyMeter()
 
     @classmethod
-    def read(cls, state: TrainerState) -> float:
+    def read(cls, state: TrainerState) -> dict[str, float | None]:
+        """`seconds`, and `joules` if they could be measured from the start."""
         saved = state.stateful_callbacks.get(cls.__name__)
-        return saved["attributes"]["seconds"] if saved else 0.0
+        return saved["attributes"]["before"] if saved else {"seconds": 0.0, "joules": 0.0}
 
     def state(self) -> dict:
-        return {"args": {}, "attributes": {"seconds": self.seconds + time.perf_counter() - self.start}}
+        self.meter.update()
+        joules = (self.before["joules"], self.meter.joules)
+        spent = {
+            "seconds": self.before["seconds"] + time.perf_counter() - self.start,
+            "joules": None if None in joules else sum(joules),
+        }
+        return {"args": {}, "attributes": {"before": spent}}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.seconds, self.start = self.read(state), time.perf_counter()
+        self.before, self.start, self.meter = self.read(state), time.perf_counter(), EnergyMeter()
         state.stateful_callbacks[type(self).__name__] = self.state()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if time.perf_counter() - self.last_reading > SECONDS_BETWEEN_READINGS:
+            self.meter.update()
+            self.last_reading = time.perf_counter()
 
     def on_train_end(self, args, state, control, **kwargs):
         state.stateful_callbacks[type(self).__name__] = self.state()
@@ -243,26 +283,83 @@ def last_checkpoint(folder: str | Path) -> str | None:
     return max((str(state.parent) for state in states), key=lambda path: int(path.rpartition("-")[2]), default=None)
 
 
-def gather_facts(command: TrainingCommand, trainer: ViTTrainer, size: tuple[int, int], wall_time: float) -> dict:
-    """What a card says of any run, as fields of `TrainingRun`."""
-    dataset, model = command.data.dataset, command.model.model
-    from_scratch = model in list_presets()
+def gather_facts(command: TrainingCommand, trainer: ViTTrainer, size: tuple[int, int]) -> dict:
+    """What a card says of any run, finished or not, as fields of `TrainingRun`."""
+    args, state, model, data = trainer.args, trainer.state, command.model.model, command.data.dataset
+    from_scratch, is_built_in = model in list_presets(), data in BUILT_IN_TITLES
+    is_done = state.global_step >= state.max_steps
+    spent = Spent.read(state)
+    wall_time, energy = spent["seconds"], spent["joules"]
+    images = state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return {
-        "name": trainer.args.hub_model_id or Path(trainer.args.output_dir).resolve().name,
+        "name": (args.hub_model_id or Path(args.output_dir).resolve().name).rpartition("/")[-1],
+        "license": args.license,
         "model_type": trainer.model.config.model_type,
+        "architecture": name_architecture(trainer.model.config),
         "preset": model if from_scratch else None,
         "image_size": size,
-        "base_model": None if from_scratch else model,
+        "ema_decay": args.ema_decay or None,
         "from_scratch": from_scratch,
-        "dataset": None if dataset in BUILT_IN_TITLES else dataset,
-        "dataset_title": BUILT_IN_TITLES.get(dataset),
-        "log_history": trainer.state.log_history,
-        "command": format_command(command.program, command.argv, trainer.args.world_size),
-        "seed": trainer.args.seed,
+        **name_origin("base_model", "base_folder", None if from_scratch else model),
+        **name_origin("dataset", "dataset_folder", None if is_built_in else data),
+        "dataset_title": BUILT_IN_TITLES.get(data),
+        "log_history": state.log_history,
+        "step": None if is_done else state.global_step,
+        "max_steps": None if is_done else state.max_steps,
+        "command": format_command(command.program, command.argv, args.world_size),
+        "commit": code_commit(),
+        "seed": args.seed,
         "versions": library_versions(),
-        "hardware": describe_hardware(trainer.args.device, trainer.args.world_size),
+        "hardware": describe_hardware(args.device, args.world_size),
         "wall_time": wall_time,
+        "images_per_second": images / wall_time if wall_time else None,
+        "peak_memory": peak_memory(args.device),
+        "energy": energy / 3.6e6 if energy else None,
+        "carbon": energy / 3.6e6 * args.carbon_intensity if energy and args.carbon_intensity else None,
     }
+
+
+def name_split(split: Dataset | IterableDataset, name: str) -> str | None:
+    """What a split is called in its data set, if it is another name: `train` where it was held out of that."""
+    origin = None if split.split is None else str(split.split)
+    return None if origin == name else origin
+
+
+def name_origin(on_hub: str, local: str, name: str | None) -> dict[str, str]:
+    """What a model or a data set is called: by its Hub id, or by its folder without what lies above it.
+
+    As everywhere in the ecosystem, a folder takes precedence over a Hub id that reads like it.
+    """
+    if name is None:
+        return {}
+    if Path(name).exists() or not is_repo_id(name):
+        return {local: Path(name).resolve().name}
+    return {on_hub: name}
+
+
+def name_architecture(config: PreTrainedConfig) -> str | None:
+    """The paper that a configuration comes closest to, as a key of `model_cards.citations.PAPERS`."""
+    if config.model_type != ViTCustomConfig.model_type:
+        return config.model_type if config.model_type in PAPERS else None
+    if config.window_size:
+        return "swin"
+    if len(config.stages) > 1:
+        return "pvt"
+    if config.use_distillation_token:
+        return "deit"
+    return "vit"
+
+
+def count_flops(model: PreTrainedModel, size: tuple[int, int]) -> int | None:
+    """Additions and multiplications of one image's forward pass; none for models whose kernels cannot be counted."""
+    if model.config.model_type != ViTCustomConfig.model_type:
+        return None
+    pixels = torch.zeros(1, model.config.num_channels, *size, device=model.device)
+    was_training = model.training
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(pixels, output_attentions=True)  # eager attention, whose products are all seen
+    model.train(was_training)
+    return counter.get_total_flops()
 
 
 def format_command(program: str, argv: Sequence[str], num_processes: int = 1) -> str:

@@ -9,22 +9,32 @@ import math
 import shutil
 from collections.abc import Callable, Sized
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import broadcast_object_list
+from huggingface_hub import CommitInfo, HfApi
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, get_scheduler, set_seed
+from transformers.trainer_utils import HubStrategy
 
+from model_cards.facts import TrainingRun
+from model_cards.rendering import write_card
 from modeling_vit_custom.modeling_vit_custom import PatchDropout
+from trainers import hub
 from trainers.arguments import TrainingArguments
 from trainers.ema import Ema
 from trainers.losses import Criterion, Targets
 from trainers.mixing import Mixing
 from trainers.optim import make_optimizer, parameter_groups
 from trainers.sampling import EpochSampler
+
+
+PROVISIONAL = "provisional"  # of the output folder: what was pushed last while training goes on
 
 
 class TrainingDivergedError(Exception):
@@ -48,6 +58,7 @@ class ViTTrainer(Trainer):
         criterion: The loss of a classifier; without one the model's own.
         teacher: Pixels to logits (B, L), without gradients.
         sampler: The order of the training images; a random permutation by default.
+        describe: What is known of the run so far, for the card of what is pushed to the Hub while it goes on.
 
     Raises:
         ValueError: if the arguments ask for what this model cannot do.
@@ -63,10 +74,14 @@ class ViTTrainer(Trainer):
         augmentation: Callable[[Tensor], Tensor] | None = None,
         teacher: Callable[[Tensor], Tensor] | None = None,
         sampler: Sampler | None = None,
+        describe: Callable[[], TrainingRun] | None = None,
         **kwargs,
     ):
         check_optimization(model, args)
         check_initial_image_size(args.initial_image_size, model.config)
+        if args.push_to_hub and describe is None:
+            raise ValueError("push_to_hub=True needs describe, for the card of what is pushed")
+        self.describe, self.push = describe, None
         super().__init__(model, args, compute_loss_func=criterion, **kwargs)
         self.augmentation, self.mixing, self.teacher, self.sampler = augmentation, mixing, teacher, sampler
         self.ema = Ema(self.model, self.args.ema_decay) if self.args.ema_decay else None
@@ -123,9 +138,54 @@ class ViTTrainer(Trainer):
         with self.averaged_weights():
             self.model = self.published_model()
             try:
-                super().save_model(output_dir)
+                super().save_model(output_dir, _internal_call=True)  # or it would be pushed before its card is there
             finally:
                 self.model = trained
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Makes the repository on the Hub, before anything is trained."""
+        if self.is_world_process_zero():
+            name = self.args.hub_model_id or Path(self.args.output_dir).resolve().name
+            destination = hub.Destination(name, self.args.hub_private_repo, self.args.hub_revision or "main")
+            self.destination = replace(destination, repo_id=hub.create_repo(destination))
+            self.hub_model_id = self.destination.repo_id
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Starts sending what opens by itself, with its code and a card; checkpoints stay here."""
+        if self.args.hub_strategy == HubStrategy.END:
+            return
+        folder = Path(self.args.output_dir) / PROVISIONAL
+        # All processes save or none does.
+        [is_busy] = broadcast_object_list([self.push is not None and not self.push.done()])
+        if is_busy:
+            return
+        try:
+            self.save_model(str(folder))
+            if self.is_world_process_zero():
+                self._finish_current_push()
+                write_card(folder, self.describe(), {})
+                self.callback_handler.on_push_begin(self.args, self.state, self.control)
+                message = f"Training in progress, step {self.state.global_step}"
+                self.push = HfApi().run_as_future(_push, folder, self.destination, message)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            print(f"Not on the Hub yet: {error}.")  # the checkpoint is here, and training goes on
+
+    def _finish_current_push(self) -> None:
+        """Waits for what is on its way; what the Hub refuses is said, and sent with the next checkpoint."""
+        push, self.push = self.push, None
+        if push is not None and push.exception() is not None:
+            print(f"Not on the Hub yet: {push.exception()}.")
+
+    def push_to_hub(self, commit_message: str = "End of training", **kwargs) -> CommitInfo:
+        """Sends the output folder, which is finished.
+
+        Raises:
+            ValueError: if it is not.
+            RefusedError: if the Hub does not take it.
+        """
+        self._finish_current_push()
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        return _push(Path(self.args.output_dir), self.destination, commit_message)
 
     def published_model(self) -> PreTrainedModel:
         """The model with low-rank changes merged, in a copy, or as it is if there are none."""
@@ -211,6 +271,11 @@ class ViTTrainer(Trainer):
     def _get_learning_rate(self) -> float:
         # The Trainer's is that of the first group, which layer-wise decay makes the smallest.
         return float(max(group["lr"] for group in self.optimizer.param_groups))
+
+
+def _push(folder: Path, destination: hub.Destination, message: str) -> CommitInfo:
+    hub.check_publishable(folder)
+    return hub.upload(folder, destination, message)
 
 
 class _Phases(TrainerCallback):

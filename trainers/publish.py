@@ -1,0 +1,102 @@
+"""Put a finished checkpoint on the Hub: weights, configuration, code, image processor, card, figures, recipe, metrics.
+
+Only what is missing there is sent. What people wrote into the card on the Hub is kept.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from trainers import hub
+from trainers.arguments import Parser, report_user_errors
+
+
+PROGRAM = "python -m trainers.publish"
+EXAMPLES = f"""\
+examples:
+  # what would go, without a network
+  {PROGRAM} runs/mine user/name --dry_run
+
+  # a new private repository, or the next version of an old one
+  {PROGRAM} runs/mine user/name --private --tag v1.0
+
+  # a pull request against somebody's repository
+  {PROGRAM} runs/mine user/name --create_pr --message "Trained for longer"
+
+A token is taken from `hf auth login` or HF_TOKEN, and needs the right to write."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    with report_user_errors("publish"):
+        arguments = parse_arguments(argv)
+        hub.check_repo_id(arguments.repo_id)
+        hub.check_publishable(arguments.folder)
+    if arguments.dry_run:
+        show_files(arguments.folder, arguments.repo_id)
+        return
+    destination = hub.Destination(arguments.repo_id, arguments.private or None, arguments.revision, arguments.create_pr)
+    try:
+        publish(arguments.folder, destination, arguments)
+    except hub.RefusedError as error:
+        again = f"{PROGRAM} {shlex.join(argv)}"
+        raise SystemExit(f"publish: error: {error}; nothing is lost: go on by `{again}`") from error
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        (),
+        prog=PROGRAM,
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", type=Path, metavar="OUTPUT_DIR", help="a folder that a training run left")
+    parser.add_argument("repo_id", metavar="user/name", help="repository on the Hub, made if there is none")
+    parser.add_argument("--private", action="store_true", help="for a repository that is made: only you can see it")
+    parser.add_argument("--revision", default="main", help="branch, made from main if there is none (main)")
+    parser.add_argument(
+        "--create_pr", "--create-pr", action="store_true", help="propose a pull request instead of a commit"
+    )
+    parser.add_argument("--tag", help="a name for this version, such as v1.0")
+    parser.add_argument("--collection", help="slug (user/title-hash) or title of a collection to add the model to")
+    parser.add_argument("--message", default="Publish the checkpoint and its card", help="title of the commit")
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="say what would go")
+    return parser.parse_args(argv)
+
+
+def publish(folder: Path, destination: hub.Destination, arguments: argparse.Namespace) -> None:
+    """Sends a folder, tags the commit and adds the model to a collection.
+
+    Raises:
+        RefusedError: if the Hub does not take one of them.
+    """
+    repo_id = hub.create_repo(destination)
+    destination = hub.Destination(repo_id, destination.private, destination.revision, destination.create_pr)
+    commit = hub.upload(folder, destination, arguments.message)
+    print(commit.pr_url or commit.commit_url)
+    if arguments.tag:
+        hub.add_tag(repo_id, arguments.tag, commit.oid)
+        print(f"tagged {arguments.tag}")
+    if arguments.collection:
+        print(f"in collection {hub.add_to_collection(repo_id, arguments.collection)}")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    where = f'"{repo_id}", revision="{commit.oid}"' + (", trust_remote_code=True" if "auto_map" in config else "")
+    classifies = config["architectures"][0].endswith("ForImageClassification")
+    opened = f'pipeline("image-classification", {where})' if classifies else f"AutoModel.from_pretrained({where})"
+    print(f"\nOpen it:\n  {opened}")
+
+
+def show_files(folder: Path, repo_id: str) -> None:
+    files = hub.collect_files(folder)
+    print(f"To {repo_id}, as far as it is not there already:")
+    for name, path in files.items():
+        print(f"  {path.stat().st_size:>13,} bytes  {name}")
+    print(f"  {sum(path.stat().st_size for path in files.values()):>13,} bytes in {len(files)} files")
+
+
+if __name__ == "__main__":
+    main()
