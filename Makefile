@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: help quickstart test test-all test-oldest lint format bench fidelity build clean
 
@@ -22,17 +23,17 @@ quickstart: $(VENV)/installed  ## Train a ViT on handwritten digits and classify
 	$(BIN)/python -m trainers.finetune --recipe quickstart --overwrite true
 
 test: lint  ## Lint and run the fast tests
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python $(PYTEST) -m 'not slow'
 
 test-all: lint  ## Run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 test-oldest:  ## Run the tests with the oldest versions that pyproject.toml allows, in .venv-oldest
 	test -x .venv-oldest/bin/pip || $(PYTHON) -m venv --clear .venv-oldest
 	grep -oE '"[A-Za-z-]+>=[0-9.]+"' pyproject.toml | tr -d '"' | sed 's/>=/==/' | sort -u > .venv-oldest/bounds.txt
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-oldest/bounds.txt
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
-	.venv-oldest/bin/python -m pytest -m 'not slow'
+	.venv-oldest/bin/python $(PYTEST) -m 'not slow'
 
 lint: $(VENV)/installed-dev  ## Check style
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@ import platform
 import resource
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 
@@ -41,8 +41,12 @@ def library_versions() -> dict[str, str]:
     }
 
 
+@cache
 def code_commit() -> str | None:
-    """The commit of the checkout that this file lies in, marked where files differ from it; none outside of one."""
+    """The commit of the checkout that this file lies in, marked where files differ from it; none outside of one.
+
+    As it was when first asked for: what runs was read before.
+    """
     folder = Path(__file__).parent
     try:
         describe = ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]

@@ -30,7 +30,9 @@ class TrainingRun:
     preset: str | None = None  # the named configuration
     num_parameters: int | None = None
     flops: int | None = None  # of one image's forward pass, additions and multiplications counted apart
+    stages: Sequence[Mapping[str, str | int]] = ()  # how it is built: rows of a table, by column
     image_size: int | Sequence[int] | None = None  # (height, width)
+    preprocessing: str | None = None  # what becomes of an image before the model sees it, in a sentence
     label_names: Sequence[str] = ()  # in the order of the class indices
     ema_decay: float | None = None  # the weights are averages with this decay
 

@@ -33,13 +33,11 @@ from trainers.losses import Criterion, effective_number_weights, logit_adjustmen
 from trainers.metrics import SINGLE_METRICS, calibration_bins, compute_metrics, count_confusions
 from trainers.mixing import Mixing
 from trainers.models import make_model, read_processor
+from trainers.run_facts import describe_model, gather_facts, name_split
 from trainers.runs import (
     check_output_dir,
-    count_flops,
     describe,
-    gather_facts,
     load_training_splits,
-    name_split,
     prepare_images,
     push,
     train,
@@ -62,7 +60,7 @@ def train_classifier(command: TrainingCommand) -> None:
         set_seed(training_args.seed)
         splits = load_training_splits(command)
         model, processor = make_model(command.model, label_names(splits))
-        size, mean, std = read_processor(processor)
+        _, mean, std = read_processor(processor)
         train_dataset, augmentation, evaluated = prepare_images(command, splits, processor)
         labels = [] if command.data.streaming else splits[TRAIN][LABEL][:]
         training_args.label_names = ["labels"]  # models that compute no loss do not name them
@@ -86,14 +84,10 @@ def train_classifier(command: TrainingCommand) -> None:
             describe=lambda: TrainingRun(**facts(), **latest_evaluation(trainer.state.log_history)),
         )
 
+    facts_of_model = describe_model(trainer.published_model(), processor) | {"label_names": label_names(splits)}
+
     def facts() -> dict:
-        published = trainer.published_model()
-        known = gather_facts(command, trainer, size)
-        return known | {
-            "num_parameters": published.num_parameters(),
-            "flops": count_flops(published, size),
-            "label_names": label_names(splits),
-        }
+        return facts_of_model | gather_facts(command, trainer)
 
     if trainer.is_world_process_zero():
         print(describe(f"{command.model.model}, {model.config.num_labels} classes", model, splits, training_args))

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -112,7 +112,7 @@ def upload(folder: Path, destination: Destination, message: str) -> CommitInfo:
         remote = {name: download(destination.repo_id, name, state.sha) for name in (CARD, RUN) if name in there}
     contents = dict(files)
     try:
-        contents[CARD] = render_for_hub(folder, destination.repo_id, remote).encode()
+        contents[CARD] = render_for_hub(folder, destination.repo_id, files, remote).encode()
     except ValueError as error:
         raise RefusedError(f"the card on the Hub cannot be brought up to date: {error}") from error
     if RECIPE in files:
@@ -240,18 +240,19 @@ def check_opens(folder: Path) -> None:
         raise ValueError(f"{str(folder)!r} does not open in a fresh process: {last}")
 
 
-def render_for_hub(folder: Path, repo_id: str, remote: Mapping[str, Path]) -> str:
+def render_for_hub(folder: Path, repo_id: str, files: Collection[str], remote: Mapping[str, Path]) -> str:
     """A folder's card for its place on the Hub, with what people wrote into the one that is there, or else into this.
 
     Args:
+        files: The names of what goes there.
         remote: Copies of the card and the facts that are on the Hub, by their names, as far as they are there.
     """
     local = (folder / CARD).read_text(encoding="utf-8")
     if not (folder / RUN).is_file():
         return local  # somebody's own: nothing in it is generated
-    run, names = read_run(folder), collect_files(folder)
-    card = str(render_card(run, names, hub_id=repo_id))
-    card = merge_cards(local, card, generated=str(render_card(run, names)))
+    run = read_run(folder)
+    card = str(render_card(run, files, hub_id=repo_id))
+    card = merge_cards(local, card, generated=str(render_card(run, files)))
     if CARD not in remote:
         return card
     generated = None

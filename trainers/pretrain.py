@@ -41,13 +41,11 @@ from trainers.image_ops import to_arrays
 from trainers.models import make_model, read_processor
 from trainers.probing import probe
 from trainers.reconstruction import reconstruct
+from trainers.run_facts import describe_model, gather_facts, name_split
 from trainers.runs import (
     check_output_dir,
-    count_flops,
     describe,
-    gather_facts,
     load_training_splits,
-    name_split,
     prepare_images,
     push,
     train,
@@ -100,7 +98,7 @@ def train_encoder(command: TrainingCommand, arguments: PretrainingArguments) -> 
         set_seed(training_args.seed)
         splits = load_training_splits(command, needs_labels=False)
         model, processor = make_model(command.model, auto_class=MASKED[arguments.objective])
-        size, mean, std = read_processor(processor)
+        _, mean, std = read_processor(processor)
         train_dataset, augmentation, evaluated = prepare_images(command, splits, processor)
         judging = next((name for name in (VALIDATION, TEST) if name in splits), None)
         # Only their number counts here.
@@ -119,13 +117,11 @@ def train_encoder(command: TrainingCommand, arguments: PretrainingArguments) -> 
             describe=lambda: TrainingRun(**facts()),
         )
 
+    facts_of_model = describe_model(model.base_model, processor)
+    facts_of_model |= {"task": FEATURES, "objective": arguments.objective}
+
     def facts() -> dict:
-        return gather_facts(command, trainer, size) | {
-            "task": FEATURES,
-            "objective": arguments.objective,
-            "num_parameters": trainer.model.base_model.num_parameters(),
-            "flops": count_flops(trainer.model.base_model, size),
-        }
+        return facts_of_model | gather_facts(command, trainer)
 
     if trainer.is_world_process_zero():
         print(describe(f"{command.model.model}, {arguments.objective}", model, splits, training_args))
@@ -157,7 +153,7 @@ def train_encoder(command: TrainingCommand, arguments: PretrainingArguments) -> 
         trainer.save_metrics(judging, metrics | {f"{judging}_{name}": value for name, value in results.items()})
 
     output_dir = Path(training_args.output_dir)
-    known, columns = facts(), ("image", "masked", "reconstructed")
+    known = facts()
     run = TrainingRun(
         **known,
         split_sizes={} if streaming else {name: len(split) for name, split in splits.items()},
@@ -166,8 +162,11 @@ def train_encoder(command: TrainingCommand, arguments: PretrainingArguments) -> 
         results=results,
     )
     write_recipe(output_dir / "recipe.yaml", command.given)
-    rows = show_reconstructions(model, evaluated[judging or TRAIN], mean, std)
-    write_card(output_dir, run, {RECONSTRUCTIONS: plot_images(rows, columns)} if training_args.card_images else {})
+    pictures, count = {}, min(training_args.card_images, NUM_RECONSTRUCTIONS)
+    if count:
+        rows = show_reconstructions(model, evaluated[judging or TRAIN], mean, std, count)
+        pictures[RECONSTRUCTIONS] = plot_images(rows, ("image", "masked", "reconstructed"))
+    write_card(output_dir, run, pictures)
     figures = ", ".join([judging or "not judged", *(f"{METRIC_TITLES[name]} {results[name]:.4f}" for name in results)])
     print(f"\n{figures} after {known['wall_time']:.0f} s of training; saved to {output_dir}")
     print(
@@ -196,10 +195,10 @@ def check_given(given: Collection[str], objective: str) -> None:
 
 
 def show_reconstructions(
-    model: PreTrainedModel, dataset: Dataset | IterableDataset, mean: list[float], std: list[float]
+    model: PreTrainedModel, dataset: Dataset | IterableDataset, mean: list[float], std: list[float], count: int
 ) -> list[tuple[np.ndarray, ...]]:
-    """Rows of a few images as 8-bit arrays: whole, masked and reconstructed."""
-    pixels = torch.stack([torch.as_tensor(row["pixel_values"]) for row in islice(dataset, NUM_RECONSTRUCTIONS)])
+    """Rows of the first images as 8-bit arrays: whole, masked and reconstructed."""
+    pixels = torch.stack([torch.as_tensor(row["pixel_values"]) for row in islice(dataset, count)])
     mask, reconstructed = reconstruct(model.eval(), pixels.to(model.device))
     # The mean colour where nothing was seen.
     columns = (pixels, pixels.masked_fill(mask.cpu(), 0.0), reconstructed)

@@ -1,30 +1,27 @@
-"""Training runs of any kind: their folders and data, what may end them before their time, and facts about them."""
+"""Training runs of any kind: their folders and data, and what may end them before their time."""
 
-import os
 import shlex
 import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainerState
-from transformers.trainer_callback import ExportableState
+from transformers import BaseImageProcessor, PreTrainedModel, TrainerState
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
-from model_cards.citations import PAPERS
-from model_cards.environment import EnergyMeter, code_commit, describe_hardware, library_versions, peak_memory
-from model_cards.metadata import is_repo_id
-from modeling_vit_custom import ViTCustomConfig, list_presets
+from model_cards.environment import describe_hardware
 from trainers import ema
-from trainers.arguments import AugmentationArguments, LossArguments, TrainingArguments, TrainingCommand
+from trainers.arguments import (
+    AugmentationArguments,
+    LossArguments,
+    TrainingArguments,
+    TrainingCommand,
+    report_user_errors,
+)
 from trainers.augmentation import Augmentation, Crop
 from trainers.data import (
-    BUILT_IN_TITLES,
     TRAIN,
     VALIDATION,
     BrokenImageError,
@@ -36,10 +33,8 @@ from trainers.data import (
 )
 from trainers.hub import RefusedError
 from trainers.models import read_processor
+from trainers.run_facts import Spent
 from trainers.vit_trainer import CheckpointNotReadError, CheckpointNotWrittenError, TrainingDivergedError, ViTTrainer
-
-
-SECONDS_BETWEEN_READINGS = 60.0  # of the energy counters
 
 
 def check_output_dir(training_args: TrainingArguments) -> None:
@@ -211,14 +206,12 @@ def train(trainer: ViTTrainer, program: str) -> TrainOutput:
             f"{saved} is complete: go on from it by --resume_from_checkpoint true" if saved else "there is none before"
         )
         raise SystemExit(f"{program}: error: {error}; {kept}") from error
-    except CheckpointNotReadError as error:
-        print(f"\n{program}: error: {error}: resume with the arguments it had", file=sys.stderr)
-        raise SystemExit(2) from error
-    except BrokenImageError as error:
+    except (CheckpointNotReadError, BrokenImageError) as error:
         # A worker's comes with its traceback as its text.
         *_, last = str(error).splitlines()
-        print(f"\n{program}: error: {last.partition('BrokenImageError: ')[2] or last}", file=sys.stderr)
-        raise SystemExit(2) from error
+        print(file=sys.stderr)  # the progress bar's line has no end
+        with report_user_errors(program):
+            raise ValueError(last.partition("BrokenImageError: ")[2] or last) from error
     return output
 
 
@@ -241,138 +234,7 @@ def push(trainer: ViTTrainer, program: str) -> None:
         ) from error
 
 
-class Spent(TrainerCallback, ExportableState):
-    """Seconds and joules of training, kept in the Trainer's state: a resumed run adds to those of its checkpoint."""
-
-    def __init__(self):
-        self.before = {"seconds": 0.0, "joules": 0.0}
-        self.start = self.last_reading = time.perf_counter()
-        self.meter = EnergyMeter()
-
-    @classmethod
-    def read(cls, state: TrainerState) -> dict[str, float | None]:
-        """`seconds`, and `joules` if they could be measured from the start."""
-        saved = state.stateful_callbacks.get(cls.__name__)
-        return saved["attributes"]["before"] if saved else {"seconds": 0.0, "joules": 0.0}
-
-    def state(self) -> dict:
-        self.meter.update()
-        joules = (self.before["joules"], self.meter.joules)
-        spent = {
-            "seconds": self.before["seconds"] + time.perf_counter() - self.start,
-            "joules": None if None in joules else sum(joules),
-        }
-        return {"args": {}, "attributes": {"before": spent}}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.before, self.start, self.meter = self.read(state), time.perf_counter(), EnergyMeter()
-        state.stateful_callbacks[type(self).__name__] = self.state()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if time.perf_counter() - self.last_reading > SECONDS_BETWEEN_READINGS:
-            self.meter.update()
-            self.last_reading = time.perf_counter()
-
-    def on_train_end(self, args, state, control, **kwargs):
-        state.stateful_callbacks[type(self).__name__] = self.state()
-
-
 def last_checkpoint(folder: str | Path) -> str | None:
     """The newest checkpoint that was written to its end."""
     states = Path(folder).glob("checkpoint-*/trainer_state.json")
     return max((str(state.parent) for state in states), key=lambda path: int(path.rpartition("-")[2]), default=None)
-
-
-def gather_facts(command: TrainingCommand, trainer: ViTTrainer, size: tuple[int, int]) -> dict:
-    """What a card says of any run, finished or not, as fields of `TrainingRun`."""
-    args, state, model, data = trainer.args, trainer.state, command.model.model, command.data.dataset
-    from_scratch, is_built_in = model in list_presets(), data in BUILT_IN_TITLES
-    is_done = state.global_step >= state.max_steps
-    spent = Spent.read(state)
-    wall_time, energy = spent["seconds"], spent["joules"]
-    images = state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return {
-        "name": (args.hub_model_id or Path(args.output_dir).resolve().name).rpartition("/")[-1],
-        "license": args.license,
-        "model_type": trainer.model.config.model_type,
-        "architecture": name_architecture(trainer.model.config),
-        "preset": model if from_scratch else None,
-        "image_size": size,
-        "ema_decay": args.ema_decay or None,
-        "from_scratch": from_scratch,
-        **name_origin("base_model", "base_folder", None if from_scratch else model),
-        **name_origin("dataset", "dataset_folder", None if is_built_in else data),
-        "dataset_title": BUILT_IN_TITLES.get(data),
-        "log_history": state.log_history,
-        "step": None if is_done else state.global_step,
-        "max_steps": None if is_done else state.max_steps,
-        "command": format_command(command.program, command.argv, args.world_size),
-        "commit": code_commit(),
-        "seed": args.seed,
-        "versions": library_versions(),
-        "hardware": describe_hardware(args.device, args.world_size),
-        "wall_time": wall_time,
-        "images_per_second": images / wall_time if wall_time else None,
-        "peak_memory": peak_memory(args.device),
-        "energy": energy / 3.6e6 if energy else None,
-        "carbon": energy / 3.6e6 * args.carbon_intensity if energy and args.carbon_intensity else None,
-    }
-
-
-def name_split(split: Dataset | IterableDataset, name: str) -> str | None:
-    """What a split is called in its data set, if it is another name: `train` where it was held out of that."""
-    origin = None if split.split is None else str(split.split)
-    return None if origin == name else origin
-
-
-def name_origin(on_hub: str, local: str, name: str | None) -> dict[str, str]:
-    """What a model or a data set is called: by its Hub id, or by its folder without what lies above it.
-
-    As everywhere in the ecosystem, a folder takes precedence over a Hub id that reads like it.
-    """
-    if name is None:
-        return {}
-    if Path(name).exists() or not is_repo_id(name):
-        return {local: Path(name).resolve().name}
-    return {on_hub: name}
-
-
-def name_architecture(config: PreTrainedConfig) -> str | None:
-    """The paper that a configuration comes closest to, as a key of `model_cards.citations.PAPERS`."""
-    if config.model_type != ViTCustomConfig.model_type:
-        return config.model_type if config.model_type in PAPERS else None
-    if config.window_size:
-        return "swin"
-    if len(config.stages) > 1:
-        return "pvt"
-    if config.use_distillation_token:
-        return "deit"
-    return "vit"
-
-
-def count_flops(model: PreTrainedModel, size: tuple[int, int]) -> int | None:
-    """Additions and multiplications of one image's forward pass; none for models whose kernels cannot be counted."""
-    if model.config.model_type != ViTCustomConfig.model_type:
-        return None
-    pixels = torch.zeros(1, model.config.num_channels, *size, device=model.device)
-    was_training = model.training
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(pixels, output_attentions=True)  # eager attention, whose products are all seen
-    model.train(was_training)
-    return counter.get_total_flops()
-
-
-def format_command(program: str, argv: Sequence[str], num_processes: int = 1) -> str:
-    """A command line as it may be published."""
-    launcher = "python"
-    if num_processes > 1:
-        on_each_node = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
-        nodes = f"--nnodes {num_processes // on_each_node} " if num_processes > on_each_node else ""
-        launcher = f"torchrun {nodes}--nproc_per_node {on_each_node}"
-    return f"{launcher} -m trainers.{program} {shlex.join(map(hide_folders, argv))}"
-
-
-def hide_folders(argument: str) -> str:
-    """The last part of an absolute path: the whole may say more of its owner than of what lies there."""
-    flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-    return f"{flag}{equals}{Path(value).name if Path(value).is_absolute() else value}"

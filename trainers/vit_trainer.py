@@ -48,6 +48,9 @@ class CheckpointNotWrittenError(Exception):
 class CheckpointNotReadError(Exception):
     """A checkpoint is not of this model or this optimizer."""
 
+    def __init__(self, checkpoint: str, another: str):
+        super().__init__(f"{checkpoint} is of another {' '.join(another.split())}: resume with the arguments it had")
+
 
 class ViTTrainer(Trainer):
     """Trains an image classifier, or an encoder by a loss of its own.
@@ -244,9 +247,7 @@ class ViTTrainer(Trainer):
             if self.ema is not None:
                 self.ema.load(checkpoint)
         except (RuntimeError, ValueError) as error:
-            raise CheckpointNotReadError(
-                f"{checkpoint} is of another model ({' '.join(str(error).split())})"
-            ) from error
+            raise CheckpointNotReadError(checkpoint, f"model ({error})") from error
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """What was asked for now holds: a checkpoint brings its moments and its place in the schedule."""
@@ -257,11 +258,11 @@ class ViTTrainer(Trainer):
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except (KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointNotReadError(f"{checkpoint} is of another optimizer ({error})") from error
+            raise CheckpointNotReadError(checkpoint, f"optimizer ({error})") from error
         for group, fields in zip(self.optimizer.param_groups, asked):
             missing = sorted(fields.keys() - group.keys())
             if missing:
-                raise CheckpointNotReadError(f"{checkpoint} is of another optimizer: it has no {missing[0]!r}")
+                raise CheckpointNotReadError(checkpoint, f"optimizer (it has no {missing[0]!r})")
             group["weight_decay"] = fields["weight_decay"]
             if group["initial_lr"] != fields["initial_lr"]:
                 group["lr"] *= fields["initial_lr"] / group["initial_lr"]

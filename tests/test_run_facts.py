@@ -1,0 +1,83 @@
+"""What a card says of a run's model, images and command."""
+
+import pytest
+from transformers import CLIPImageProcessor, ViTImageProcessor
+
+from modeling_vit_custom import list_presets, preset_config
+from trainers.run_facts import describe_preprocessing, describe_stages, format_command, hide_folders
+
+
+def columns(preset, *names):
+    return [tuple(stage[name] for name in names) for stage in describe_stages(preset_config(preset))]
+
+
+def test_stages_of_the_papers_are_theirs():
+    """Table 1 of ViT, tables 1 of PVT and 7 of Swin, at 224 pixels."""
+    (vit,) = describe_stages(preset_config("vit_base_patch16_224"))
+    assert vit == {
+        "Stage": 1,
+        "Patches": "14 x 14",
+        "Pixels of each": "16 x 16",
+        "Blocks": 12,
+        "Width": 768,
+        "Heads": 12,
+        "MLP": 3072,
+        "Attention": "global",
+        "Positions": "learned",
+    }
+    assert columns("swin_tiny_patch4_window7_224", "Patches", "Pixels of each", "Blocks", "Width", "Heads") == [
+        ("56 x 56", "4 x 4", 2, 96, 3),
+        ("28 x 28", "8 x 8", 2, 192, 6),
+        ("14 x 14", "16 x 16", 6, 384, 12),
+        ("7 x 7", "32 x 32", 2, 768, 24),
+    ]
+    windows = ("windows of 7 x 7, every other block's shifted", "relative")
+    assert columns("swin_tiny_patch4_window7_224", "Attention", "Positions") == [windows] * 4
+    assert columns("pvt_tiny_224", "MLP", "Attention", "Positions") == [
+        (512, "global, keys of 8 x 8 patches in one", "learned"),
+        (1024, "global, keys of 4 x 4 patches in one", "learned"),
+        (1280, "global, keys of 2 x 2 patches in one", "learned"),
+        (2048, "global", "learned"),
+    ]
+
+
+@pytest.mark.parametrize("preset", list_presets())
+def test_every_preset_has_a_row_for_each_stage(preset):
+    config = preset_config(preset)
+    assert len(describe_stages(config)) == len(config.stages)
+
+
+def test_preprocessing_is_told_as_it_is_done():
+    squeezed = ViTImageProcessor(size={"height": 32, "width": 48}, resample=3)
+    assert describe_preprocessing(squeezed) == (
+        "Images are resized to 32 x 48 pixels (bicubic), scaled to 0..1 and normalised by mean (0.5, 0.5, 0.5) and "
+        "standard deviation (0.5, 0.5, 0.5)."
+    )
+    cropped = CLIPImageProcessor(
+        size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}, resample=2, do_normalize=False
+    )
+    assert describe_preprocessing(cropped) == (
+        "Images are resized to a shorter side of 256 pixels (bilinear), cropped to the middle 224 x 224, "
+        "scaled to 0..1."
+    )
+
+
+def test_commands_of_many_processes_say_how_they_were_started(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert format_command("finetune", ["--bf16", "true"]) == "python -m trainers.finetune --bf16 true"
+    assert format_command("pretrain", [], 4) == "torchrun --nproc_per_node 4 -m trainers.pretrain "
+    assert format_command("pretrain", [], 8) == "torchrun --nnodes 2 --nproc_per_node 4 -m trainers.pretrain "
+
+
+@pytest.mark.parametrize(
+    ("argument", "shown"),
+    [
+        ("/home/me/images", "images"),
+        ("/home/me/run=3/images", "images"),
+        ("--dataset=/home/me/images", "--dataset=images"),
+        ("runs/mine", "runs/mine"),
+        ("--rotation=5", "--rotation=5"),
+    ],
+)
+def test_cards_show_no_home_folders(argument, shown):
+    assert hide_folders(argument) == shown
