@@ -52,6 +52,10 @@ class TrainingRun:
     calibration: Sequence[Sequence[float]] = ()  # bins of confidence: (images, mean confidence, accuracy)
     examples: Mapping[str, str] | None = None  # files of held-out images beside the card -> their classes
 
+    attention_distances: Sequence[Sequence[float]] = ()  # pixels: of each block each head's mean
+    even_attention_distances: Sequence[float] = ()  # of each block, what even attention would have
+    map_scores: Mapping[str, Sequence[float]] | None = None  # by method: insertion and deletion
+
     log_history: Sequence[Mapping] = ()  # the Trainer's state.log_history
     step: int | None = None  # where the run is, while it goes on
     max_steps: int | None = None

@@ -219,27 +219,6 @@ def plot_predictions(groups: Mapping[str, Sequence[tuple[np.ndarray, str, str, f
     return figure
 
 
-def plot_attention(rows: Sequence[tuple[np.ndarray, np.ndarray, str]], columns: int = 4) -> Figure:
-    """Draws images beside themselves with a map of what counts: dark where it is nothing.
-
-    Args:
-        rows: (image (H, W, 3) of 8 bits, map (H, W) from 0 to 1, title).
-        columns: Pairs beside each other.
-    """
-    cell = 1.5
-    count = math.ceil(len(rows) / columns)
-    figure = Figure(figsize=(2 * cell * columns, (cell + 0.3) * count), layout="constrained")
-    panels = figure.subplots(count, 2 * columns, squeeze=False).ravel()
-    for axes in panels:
-        axes.set_axis_off()
-    for left, right, (image, weights, title) in zip(panels[::2], panels[1::2], rows):
-        left.imshow(image, interpolation="nearest")
-        left.set_title(_shorten(title), fontsize=TICK_FONT_SIZE, loc="left", parse_math=False)
-        seen = image * (0.15 + 0.85 * weights[..., None])
-        right.imshow(seen.astype(np.uint8), interpolation="nearest")
-    return figure
-
-
 def _shorten(name: str) -> str:
     """Puts a class name on one line of at most `MAX_LABEL_LENGTH` characters."""
     name = " ".join(name.split())

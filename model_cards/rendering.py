@@ -24,6 +24,7 @@ from model_cards.figures import (
     plot_training_curves,
 )
 from model_cards.metadata import build_metadata, split_card
+from modeling_vit_custom.interpretability.figures import plot_attention_distance
 
 
 CARD = "README.md"
@@ -34,9 +35,12 @@ CALIBRATION = "calibration.png"
 PREDICTIONS = "predictions.png"
 ATTENTION = "attention.png"
 RECONSTRUCTIONS = "reconstructions.png"
-# The first are drawn from facts; the others show images, which facts do not hold.
-DRAWN = (TRAINING_CURVES, CONFUSION_MATRIX, CALIBRATION)
-FIGURES = (*DRAWN, PREDICTIONS, ATTENTION, RECONSTRUCTIONS)
+FILTERS = "filters.png"
+POSITIONS = "positions.png"
+ATTENTION_DISTANCE = "attention_distance.png"
+# The first are drawn from facts; the others show images or weights, which facts do not hold.
+DRAWN = (TRAINING_CURVES, CONFUSION_MATRIX, CALIBRATION, ATTENTION_DISTANCE)
+FIGURES = (*DRAWN, PREDICTIONS, ATTENTION, RECONSTRUCTIONS, FILTERS, POSITIONS)
 FIGURE_DPI = 150
 MAX_WORST_CLASSES = 5
 MAX_LISTED_CLASSES = 100
@@ -84,6 +88,8 @@ def write_card(
         drawn[CONFUSION_MATRIX] = plot_confusion_matrix(run.confusion_matrix, run.label_names)
     if run.calibration:
         drawn[CALIBRATION] = plot_calibration(run.calibration)
+    if run.attention_distances:
+        drawn[ATTENTION_DISTANCE] = plot_attention_distance(run.attention_distances, run.even_attention_distances)
     for name in DRAWN if pictures is None else FIGURES:
         (output_dir / name).unlink(missing_ok=True)
     for name, figure in {**drawn, **(pictures or {})}.items():
@@ -124,6 +130,11 @@ def render_card(run: TrainingRun, files: Collection[str] = (), hub_id: str | Non
         columns=[escape_markdown(column) for column in next(iter(run.stages), ())],
         stages=[[escape_markdown(str(value)) for value in stage.values()] for stage in run.stages],
         preprocessing=None if run.preprocessing is None else escape_markdown(run.preprocessing),
+        reach=_describe_reach(run),
+        map_scores=[
+            (escape_markdown(name), *(f"{score:.3f}" for score in scores))
+            for name, scores in (run.map_scores or {}).items()
+        ],
         data_source=_describe_dataset(run),
         split_sizes=[(escape_markdown(name), f"{size:,}") for name, size in (run.split_sizes or {}).items()],
         command=None if run.command is None else _fence(_break_lines(run.command), "bash"),
@@ -385,6 +396,19 @@ def _describe_calibration(bins: Sequence[Sequence[float]]) -> str:
         return f"Its mean confidence, {mean:.1%}, is that of its accuracy to half a percent."
     than = "more" if gap > 0 else "less"
     return f"It is {than} confident than right: mean confidence is {mean:.1%}, {abs(gap):.1%} from accuracy."
+
+
+def _describe_reach(run: TrainingRun) -> str | None:
+    """Says how far the heads look, block by block, and which is the most local one."""
+    if not run.attention_distances:
+        return None
+    means = [sum(heads) / len(heads) for heads in run.attention_distances]
+    nearest, block = min((min(heads), number) for number, heads in enumerate(run.attention_distances, start=1))
+    return (
+        f"Mean attention distance is {means[0]:.1f} pixels in the first block and {means[-1]:.1f} in the last, where"
+        f" even attention would have {run.even_attention_distances[-1]:.1f}. The most local head, of block {block},"
+        f" looks {nearest:.1f} pixels far."
+    )
 
 
 def _break_lines(command: str) -> str:

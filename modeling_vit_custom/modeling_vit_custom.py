@@ -366,8 +366,7 @@ class WindowAttention(Attention):
     def forward(
         self, hidden_states: Tensor, grid: tuple[int, int], output_attentions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        size, (height, width) = self.window_size, grid
-        shift = tuple(size // 2 if self.shifted and side > size else 0 for side in grid)
+        size, (height, width), shift = self.window_size, grid, self.shift(grid)
         bottom, right = -height % size, -width % size
 
         qkv = self.qkv(hidden_states).unflatten(1, grid)
@@ -397,6 +396,10 @@ class WindowAttention(Attention):
         if weights is not None:
             weights = weights.unflatten(1, (rows * columns, self.num_heads)).flatten(0, 1)
         return self.dropout(self.projection(attended)), weights
+
+    def shift(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """By how many patches the windows of a grid are shifted, down and to the right."""
+        return tuple(self.window_size // 2 if self.shifted and side > self.window_size else 0 for side in grid)
 
     @torch.no_grad()
     def resize(self, window_size: int):

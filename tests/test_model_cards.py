@@ -12,6 +12,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from matplotlib import pyplot
@@ -25,7 +26,6 @@ from model_cards.citations import PAPERS
 from model_cards.facts import FEATURES, TrainingRun, read_run
 from model_cards.figures import (
     collect_curves,
-    plot_attention,
     plot_calibration,
     plot_confusion_matrix,
     plot_predictions,
@@ -35,6 +35,8 @@ from model_cards.metadata import LICENSES, build_metadata, find_card_errors, spl
 from model_cards.rendering import (
     ATTENTION,
     FIGURES,
+    FILTERS,
+    POSITIONS,
     PREDICTIONS,
     confidence_interval,
     escape_markdown,
@@ -44,6 +46,7 @@ from model_cards.rendering import (
     render_card,
     write_card,
 )
+from modeling_vit_custom.interpretability.figures import plot_filters, plot_maps, plot_position_similarity
 
 
 NASTY_NAMES = [
@@ -80,6 +83,9 @@ FULL_RUN = TrainingRun(
     results={"accuracy": 0.8, "top5_accuracy": 1.0, "loss": 0.51234},
     confusion_matrix=np.array([[10, 0, 0], [1, 8, 1], [4, 0, 6]]),
     calibration=[(10, 0.5, 0.4), (20, 0.9, 1.0)],
+    attention_distances=[[20.5, 60.0], [80.0, 90.0]],
+    even_attention_distances=[110.0, 110.0],
+    map_scores={"Grad-CAM": [0.6, 0.2]},
     log_history=LOG_HISTORY,
     command="python -m trainers.finetune \\\n  --recipe flowers",
     seed=0,
@@ -94,7 +100,9 @@ MINIMAL_RUN = TrainingRun(name="checkpoint-3")
 IMAGE = np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3)
 PICTURES = {
     PREDICTIONS: plot_predictions({"drawn at random": [(IMAGE, "daisy", "rose", 0.75)] * 9}),
-    ATTENTION: plot_attention([(IMAGE, np.linspace(0, 1, 1024).reshape(32, 32), "daisy")] * 3),
+    ATTENTION: plot_maps([IMAGE] * 3, ["daisy"] * 3, {"Grad-CAM": [torch.linspace(0, 1, 64).view(8, 8)] * 3}),
+    FILTERS: plot_filters(torch.linspace(-1, 1, 96).view(2, 3, 4, 4), torch.tensor([0.5, 0.25])),
+    POSITIONS: plot_position_similarity(torch.linspace(-1, 1, 16).view(2, 2, 2, 2)),
 }
 
 
@@ -285,6 +293,11 @@ def test_unknown_facts_are_absent(tmp_path):
         ({"calibration": [(10, 0.9, 0.75)]}, "It is more confident than right: mean confidence is 90.0%, 15.0% from"),
         ({"energy": 0.0123}, "| Energy | 0.0123 kWh, by the counters of the processors and GPUs |"),
         ({"stages": [{"Stage": 1, "A|B": "x|y"}]}, "| Stage | A\\|B |\n|---|---|\n| 1 | x\\|y |"),
+        (
+            {"attention_distances": [[4.0, 2.0], [8.0, 9.0]], "even_attention_distances": [10.0, 10.0]},
+            "is 3.0 pixels in the first block and 8.5 in the last, where even attention would have 10.0. The most "
+            "local head, of block 1, looks 2.0 pixels far.",
+        ),
         ({"preprocessing": "Images are scaled."}, "## Model\n\nImages are scaled.\n"),
         ({"image_size": (192, 256)}, "classifies images, images of 192 x 256 pixels."),
         ({"num_parameters": 24_610}, "classifies images, 0.025 M parameters."),
@@ -714,13 +727,3 @@ def test_predictions_say_what_is_wrong():
     figure = plot_predictions({"drawn at random": [(IMAGE, "a", "a", 0.5), (IMAGE, "a", "$b", 0.25)], "none": []})
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
     assert titles == ["a 50%", "$b 25%\nis: a"]
-
-
-def test_attention_darkens_what_does_not_count():
-    weights = np.zeros((32, 32))
-    weights[:16] = 1
-    whole, seen = plot_attention([(np.full((32, 32, 3), 200, np.uint8), weights, "a")]).axes[:2]
-    np.testing.assert_array_equal(whole.get_images()[0].get_array(), 200)
-    dimmed = seen.get_images()[0].get_array()
-    assert (dimmed[:16] == 200).all()
-    assert (dimmed[16:] == 30).all()

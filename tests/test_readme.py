@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from test_finetune import SHORT, checkpoint  # noqa: F401  (a fixture)
 
+from modeling_vit_custom.interpretability.__main__ import main as interpret
 from trainers.arguments import list_recipes
 from trainers.finetune import main as finetune
 from trainers.gallery import main as gallery
@@ -54,6 +55,12 @@ def test_commands_run(script, line, place, hub):
         assert "model.safetensors" in hub.files("someone/digits")
     else:
         assert (place / made[script]).is_file()
+
+
+def test_the_command_for_what_a_model_learnt_runs(place):
+    (line,) = re.findall(r"^\.venv/bin/python -m modeling_vit_custom.interpretability (.*)$", README, re.MULTILINE)
+    interpret(shlex.split(line))
+    assert (place / "figures" / "maps.png").is_file()
 
 
 @pytest.mark.slow

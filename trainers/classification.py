@@ -109,8 +109,12 @@ def train_classifier(command: TrainingCommand) -> None:
     output_dir, judged = Path(training_args.output_dir), predictions[reported]
     results = {name.removeprefix(f"{reported}_"): value for name, value in judged.metrics.items()}
     known, count = facts(), training_args.card_images
+    with trainer.averaged_weights():
+        published = trainer.published_model().eval()
+        pictures, learnt = illustrate(published, processor, splits[reported], judged.predictions, count)
     run = TrainingRun(
         **known,
+        **learnt,
         split_sizes=({} if command.data.streaming else {TRAIN: len(labels)})
         | {name: len(prediction.label_ids) for name, prediction in predictions.items()},
         evaluation_split=reported,
@@ -120,11 +124,6 @@ def train_classifier(command: TrainingCommand) -> None:
         calibration=calibration_bins(judged.predictions, judged.label_ids),
         examples=write_examples(output_dir, splits[reported], min(count, NUM_EXAMPLES)),
     )
-    pictures = {}
-    if count:
-        with trainer.averaged_weights():
-            published = trainer.published_model().eval()
-            pictures = illustrate(published, processor, splits[reported], judged.predictions, count)
     write_recipe(output_dir / "recipe.yaml", command.given)
     write_card(output_dir, run, pictures)
     print(

@@ -1,26 +1,36 @@
-"""Pictures of a classifier at work on held-out images, for its card."""
+"""Pictures of a model at work on held-out images and of what it learnt, for its card."""
 
 import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from datasets import Dataset, Image, IterableDataset
 from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from model_cards.figures import plot_attention, plot_predictions
-from model_cards.rendering import ATTENTION, PREDICTIONS
+from model_cards.figures import plot_predictions
+from model_cards.rendering import ATTENTION, FILTERS, POSITIONS, PREDICTIONS
 from modeling_vit_custom import ViTCustomForImageClassification
-from modeling_vit_custom.interpretability import grad_cam, leaves_map
+from modeling_vit_custom.interpretability import (
+    attention_distance,
+    explain,
+    has_positions,
+    position_similarity,
+    principal_filters,
+    score_map,
+)
+from modeling_vit_custom.interpretability.figures import plot_filters, plot_maps, plot_position_similarity
+from modeling_vit_custom.modeling_vit_custom import ViTCustomPreTrainedModel
 from trainers.data import IMAGE, LABEL, decode, sample_images
 from trainers.image_ops import to_arrays
 from trainers.models import read_processor
 
 
 NUM_EXAMPLES = 3
+NUM_MEASURED = 64  # images for attention distances
+MEASURED_AT_ONCE = 8
 MAX_EXAMPLE_SIDE = 512
 
 
@@ -30,51 +40,70 @@ def illustrate(
     split: Dataset | IterableDataset,
     logits: np.ndarray,
     count: int,
-) -> dict[str, Figure]:
-    """Figures of `count` images drawn at random, of as many that are most surely wrong, and of what it looks at.
+) -> tuple[dict[str, Figure], dict]:
+    """Figures of a classifier at work and of what it learnt, and what else they tell, as fields of `TrainingRun`.
+
+    Shown are `count` images drawn at random, as many that are most surely wrong, and what the first of them rest on.
 
     Args:
         model: The classifier, in evaluation mode.
         processor: Its own.
         split: Held-out images.
         logits: Of these, (N, L), in their order.
-        count: Of a stream the first ones are taken, and no wrong ones looked for.
+        count: Of a stream the first ones are taken, and no wrong ones looked for. With 0 no image is shown.
     """
     names, probabilities = split.features[LABEL].names, torch.tensor(logits).double().softmax(dim=-1).numpy()
     taken, sureness = probabilities.argmax(axis=-1), probabilities.max(axis=-1)
     if isinstance(split, Dataset):
         labels = np.array(split[LABEL][:])
-        drawn = np.random.default_rng(0).permutation(len(split))[:count]
+        drawn = np.random.default_rng(0).permutation(len(split))[: max(count, NUM_MEASURED)]
         wrong = np.flatnonzero(taken != labels)
-        groups = {"drawn at random": drawn, "most sure and wrong": wrong[np.argsort(-sureness[wrong])][:count]}
+        groups = {"drawn at random": drawn[:count], "most sure and wrong": wrong[np.argsort(-sureness[wrong])][:count]}
         encoded = split.cast_column(IMAGE, Image(decode=False))
-        images = {row: decode(encoded[int(row)][IMAGE]) for rows in groups.values() for row in rows}
+        images = {row: decode(encoded[int(row)][IMAGE]) for row in [*drawn, *groups["most sure and wrong"]]}
     else:
-        readable = sample_images(split, count)
-        groups = {"the first ones": np.arange(len(readable))}
+        readable = sample_images(split, max(count, NUM_MEASURED))
+        drawn = np.arange(len(readable))
+        groups = {"the first ones": drawn[:count]}
         images = {row: image for row, (image, _) in enumerate(readable)}
         labels = np.array([label for _, label in readable])
     _, mean, std = read_processor(processor)
     pixels = {row: processor(image, return_tensors="pt")["pixel_values"][0] for row, image in images.items()}
-    shown = {row: to_arrays(each[None], mean, std)[0] for row, each in pixels.items()}
-    rows = {
-        title: [(shown[row], names[labels[row]], names[taken[row]], sureness[row]) for row in group]
-        for title, group in groups.items()
-    }
-    figures = {PREDICTIONS: plot_predictions(rows)}
-    if isinstance(model, ViTCustomForImageClassification) and leaves_map(model):
-        chosen = next(iter(groups.values()))
-        maps = look(model, torch.stack([pixels[row] for row in chosen]))
-        figures[ATTENTION] = plot_attention(
-            [(shown[row], weights, names[taken[row]]) for row, weights in zip(chosen, maps)]
-        )
-    return figures
+    figures, facts = {}, {}
+    if count:
+        shown = {row: to_arrays(pixels[row][None], mean, std)[0] for group in groups.values() for row in group}
+        rows = {
+            title: [(shown[row], names[labels[row]], names[taken[row]], sureness[row]) for row in group]
+            for title, group in groups.items()
+        }
+        figures[PREDICTIONS] = plot_predictions(rows)
+    if isinstance(model, ViTCustomForImageClassification):
+        figures_of_weights, facts = show_learnt(model, torch.stack([pixels[row] for row in drawn]))
+        figures |= figures_of_weights
+        if count:
+            chosen, device = drawn[:count], model.device
+            seen = torch.stack([pixels[row] for row in chosen]).to(device)
+            maps = explain(model, seen)
+            of_images = {name: list(each) for name, each in maps.items()}
+            titles = [names[taken[row]] for row in chosen]
+            figures[ATTENTION] = plot_maps([shown[row] for row in chosen], titles, of_images)
+            scores = {name: score_map(model, seen, each, steps=8) for name, each in maps.items()}
+            facts["map_scores"] = {name: [each.mean().item() for each in score] for name, score in scores.items()}
+    return figures, facts
 
 
-def look(model: ViTCustomForImageClassification, pixels: Tensor) -> np.ndarray:
-    """Maps (B, H, W) from 0 to 1 of what the likeliest class of each image rests on."""
-    maps, _ = grad_cam(model, pixels.to(model.device))
-    return F.interpolate(maps[:, None], pixels.shape[2:], mode="bilinear")[:, 0].clamp(0, 1).cpu().numpy()
+def show_learnt(model: ViTCustomPreTrainedModel, pixels: Tensor) -> tuple[dict[str, Figure], dict]:
+    """Figures of what an encoder learnt, and how far its heads look, as fields of `TrainingRun`.
+
+    Args:
+        model: Any model of the family, in evaluation mode.
+        pixels: Normalised images (N, C, H, W) to measure attention distances by.
+    """
+    figures = {FILTERS: plot_filters(*principal_filters(model))}
+    if has_positions(model):
+        figures[POSITIONS] = plot_position_similarity(position_similarity(model))
+    distance = attention_distance(model, pixels.to(model.device).split(MEASURED_AT_ONCE))
+    return figures, {"attention_distances": distance.heads, "even_attention_distances": distance.uniform}
 
 
 def write_examples(folder: Path, split: Dataset | IterableDataset, count: int) -> dict[str, str]:

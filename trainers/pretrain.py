@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
 from transformers import AutoModelForMaskedImageModeling, AutoModelForPreTraining, PreTrainedModel, set_seed
 
 from model_cards.facts import FEATURES, TrainingRun
@@ -37,6 +36,7 @@ from trainers.data import (
     VALIDATION,
     collate,
 )
+from trainers.illustrations import NUM_MEASURED, show_learnt
 from trainers.image_ops import to_arrays
 from trainers.models import make_model, read_processor
 from trainers.probing import probe
@@ -153,18 +153,21 @@ def train_encoder(command: TrainingCommand, arguments: PretrainingArguments) -> 
         trainer.save_metrics(judging, metrics | {f"{judging}_{name}": value for name, value in results.items()})
 
     output_dir = Path(training_args.output_dir)
-    known = facts()
+    known, measured = facts(), evaluated[judging or TRAIN]
+    seen = [torch.as_tensor(row["pixel_values"]) for row in islice(measured, NUM_MEASURED)]
+    pictures, learnt = show_learnt(model.eval(), torch.stack(seen))
     run = TrainingRun(
         **known,
+        **learnt,
         split_sizes={} if streaming else {name: len(split) for name, split in splits.items()},
         evaluation_split=judging,
         evaluation_origin=None if judging is None else name_split(splits[judging], judging),
         results=results,
     )
     write_recipe(output_dir / "recipe.yaml", command.given)
-    pictures, count = {}, min(training_args.card_images, NUM_RECONSTRUCTIONS)
+    count = min(training_args.card_images, NUM_RECONSTRUCTIONS)
     if count:
-        rows = show_reconstructions(model, evaluated[judging or TRAIN], mean, std, count)
+        rows = show_reconstructions(model, torch.stack(seen[:count]), mean, std)
         pictures[RECONSTRUCTIONS] = plot_images(rows, ("image", "masked", "reconstructed"))
     write_card(output_dir, run, pictures)
     figures = ", ".join([judging or "not judged", *(f"{METRIC_TITLES[name]} {results[name]:.4f}" for name in results)])
@@ -195,11 +198,10 @@ def check_given(given: Collection[str], objective: str) -> None:
 
 
 def show_reconstructions(
-    model: PreTrainedModel, dataset: Dataset | IterableDataset, mean: list[float], std: list[float], count: int
+    model: PreTrainedModel, pixels: torch.Tensor, mean: list[float], std: list[float]
 ) -> list[tuple[np.ndarray, ...]]:
-    """Rows of the first images as 8-bit arrays: whole, masked and reconstructed."""
-    pixels = torch.stack([torch.as_tensor(row["pixel_values"]) for row in islice(dataset, count)])
-    mask, reconstructed = reconstruct(model.eval(), pixels.to(model.device))
+    """Rows of images (N, C, H, W) as 8-bit arrays: whole, masked and reconstructed."""
+    mask, reconstructed = reconstruct(model, pixels.to(model.device))
     # The mean colour where nothing was seen.
     columns = (pixels, pixels.masked_fill(mask.cpu(), 0.0), reconstructed)
     return list(zip(*(to_arrays(column, mean, std) for column in columns)))
