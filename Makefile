@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help quickstart test test-all test-oldest lint format bench fidelity build clean
+.PHONY: help quickstart test test-all test-browser test-oldest lint format bench fidelity build clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version.split()[0])'
@@ -27,6 +27,11 @@ test: lint  ## Lint and run the fast tests
 
 test-all: lint  ## Run all tests
 	$(BIN)/python $(PYTEST)
+
+test-browser: $(VENV)/installed-dev  ## Try the demo in a real browser; Chromium is installed by apt where it is missing
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[browser]'
+	command -v chromium || $(if $(filter-out 0,$(shell id -u)),sudo) apt-get install --yes chromium
+	$(BIN)/python -m pytest tests/test_browser.py
 
 test-oldest:  ## Run the tests with the oldest versions that pyproject.toml allows, in .venv-oldest
 	test -x .venv-oldest/bin/pip || $(PYTHON) -m venv --clear .venv-oldest

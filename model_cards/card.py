@@ -6,7 +6,7 @@ from pathlib import Path
 
 from model_cards.facts import read_run
 from model_cards.metadata import find_card_errors
-from model_cards.rendering import CARD, write_card
+from model_cards.rendering import CARD, find_parts, write_card
 
 
 EXAMPLES = """\
@@ -31,7 +31,9 @@ def main(argv: list[str] | None = None) -> None:
         if not arguments.check:
             rebuild_card(arguments.folder)
         card = arguments.folder / CARD
-        errors = find_card_errors(card.read_text(encoding="utf-8"), arguments.folder)
+        text = card.read_text(encoding="utf-8")
+        find_parts(text)
+        errors = find_card_errors(text, arguments.folder)
         if errors:
             raise ValueError(f"{str(card)!r}: {'; '.join(errors)}")
     except (OSError, ValueError) as error:

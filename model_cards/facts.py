@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from model_cards.citations import PAPERS
+
 
 RUN = "run.json"
 CLASSIFICATION, FEATURES = "image-classification", "image-feature-extraction"
@@ -28,6 +30,7 @@ class TrainingRun:
     architecture: str | None = None  # key of `citations.PAPERS`
     objective: str | None = None  # of pretraining by masked images: key of `citations.PAPERS`
     preset: str | None = None  # the named configuration
+    preset_changes: Sequence[str] = ()  # what was set otherwise: "patch_size=4"
     num_parameters: int | None = None
     flops: int | None = None  # of one image's forward pass, additions and multiplications counted apart
     stages: Sequence[Mapping[str, str | int]] = ()  # how it is built: rows of a table, by column
@@ -72,6 +75,14 @@ class TrainingRun:
     carbon: float | None = None  # grams of CO2 equivalent, by the grid's known intensity
 
     def __post_init__(self):
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"the name of a run must be text, got {self.name!r}")
+        for field in ("results", "split_sizes", "examples", "versions", "map_scores"):
+            if not isinstance(getattr(self, field), Mapping | None):
+                raise ValueError(f"{field} must be a mapping, got {getattr(self, field)!r}")
+        for field in ("architecture", "objective"):
+            if getattr(self, field) not in (None, *PAPERS):
+                raise ValueError(f"{field} must be one of {', '.join(PAPERS)}, got {getattr(self, field)!r}")
         if self.from_scratch and (self.base_model or self.base_folder):
             raise ValueError(f"a run from scratch has no base model, got {self.base_model or self.base_folder!r}")
         for name, value in (self.results or {}).items():
@@ -108,7 +119,7 @@ def read_run(folder: str | Path) -> TrainingRun:
         if "confusion_matrix" in known:
             known["confusion_matrix"] = np.array(known["confusion_matrix"])
         return TrainingRun(**known)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"there is no {RUN} in {str(folder)!r}: give a folder that a training run left") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{str(path)!r} holds no facts of a run: {error}") from error

@@ -175,7 +175,7 @@ def plot_calibration(bins: Sequence[Sequence[float]]) -> Figure:
         accuracy = np.where(images >= MIN_IMAGES_OF_BIN, accuracy, np.nan)
     figure = Figure(figsize=(5.6, 4.2), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    above.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--", label="as sure as right")
+    above.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--", label="as often right as sure")
     above.plot(confidence, accuracy, color=EVAL_COLOR, marker="o", markersize=4, linewidth=1.4, label="this model")
     above.set_ylabel("accuracy")
     above.set_ylim(0, 1)

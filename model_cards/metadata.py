@@ -124,21 +124,25 @@ def find_card_errors(text: str, folder: Path | None = None) -> list[str]:
         if dataset in LOADERS or not is_repo_id(dataset):
             errors.append(f"dataset {dataset!r} is none on the Hub")
     bases = metadata.get("base_model") or []
-    for base in [bases] if isinstance(bases, str) else bases:
-        if not is_repo_id(base):
+    for base in bases if isinstance(bases, list) else [bases]:
+        if not isinstance(base, str) or not is_repo_id(base):
             errors.append(f"base_model {base!r} is none on the Hub")
     relation = metadata.get("base_model_relation")
     if relation is not None and relation not in RELATIONS:
         errors.append(f"base_model_relation {relation!r} is none of {', '.join(RELATIONS)}")
     errors += _find_index_errors(metadata.get("model-index") or [])
     sources = [widget.get("src") for widget in metadata.get("widget") or []]
-    if None in sources:
+    if not all(isinstance(source, str) for source in sources):
         errors.append("a widget example has no src")
-    if folder is not None:
-        linked = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", body)
-        files = [name for name in [*sources, *linked] if name and "://" not in name]
+    elif folder is not None:
+        files = [name for name in [*sources, *find_pictures(body)] if "://" not in name]
         errors += [f"{name} is not there" for name in dict.fromkeys(files) if not (folder / name).is_file()]
     return errors
+
+
+def find_pictures(body: str) -> list[str]:
+    """Where the pictures in a card's body are: names of files beside it, and addresses."""
+    return re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", body)
 
 
 def _find_type_errors(metadata: dict) -> list[str]:
@@ -163,6 +167,11 @@ def _find_index_errors(index: list[dict]) -> list[str]:
         if not entry.get("name"):
             errors.append("model-index has an entry without a name")
         for result in entry.get("results") or []:
+            if not isinstance(result, dict) or not all(
+                isinstance(result.get(name), dict | None) for name in ("task", "dataset")
+            ):
+                errors.append(f"model-index has a result that is no mapping of task, dataset and metrics: {result}")
+                continue
             dataset = result.get("dataset") or {}
             if not (result.get("task") or {}).get("type"):
                 errors.append("model-index has a result without a task type")
@@ -171,8 +180,8 @@ def _find_index_errors(index: list[dict]) -> list[str]:
             elif dataset["type"] in LOADERS:
                 errors.append(f"model-index names {dataset['type']!r}, which is no data set")
             for metric in result.get("metrics") or [{}]:
-                value = metric.get("value")
-                if not metric.get("type") or not isinstance(value, int | float) or not math.isfinite(value):
+                value = metric.get("value") if isinstance(metric, dict) else None
+                if not isinstance(value, int | float) or not math.isfinite(value) or not metric.get("type"):
                     errors.append(f"model-index has a metric without a type or a finite value: {metric}")
     return errors
 

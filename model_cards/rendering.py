@@ -8,6 +8,7 @@ import html
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,26 +91,35 @@ def write_card(
         drawn[CALIBRATION] = plot_calibration(run.calibration)
     if run.attention_distances:
         drawn[ATTENTION_DISTANCE] = plot_attention_distance(run.attention_distances, run.even_attention_distances)
-    for name in DRAWN if pictures is None else FIGURES:
-        (output_dir / name).unlink(missing_ok=True)
-    for name, figure in {**drawn, **(pictures or {})}.items():
-        figure.savefig(output_dir / name, dpi=FIGURE_DPI)
-    write_run(output_dir, run)
+    drawn |= pictures or {}
+    stale = [name for name in (DRAWN if pictures is None else FIGURES) if name not in drawn]
+    examples = {file: label for file, label in (run.examples or {}).items() if (output_dir / file).is_file()}
+    run = replace(run, examples=examples)
+    # Nothing of what is there goes before all that takes its place is made.
+    there = {file.name for file in output_dir.iterdir()}
     path = output_dir / CARD
-    card = str(render_card(run, [file.name for file in output_dir.iterdir()]))
+    card = str(render_card(run, (there | drawn.keys()) - {*stale}))
     if keep_edits and path.exists():
         card = merge_cards(path.read_text(encoding="utf-8"), card, generated=card)
+    for name in stale:
+        (output_dir / name).unlink(missing_ok=True)
+    for name, figure in drawn.items():
+        figure.savefig(output_dir / name, dpi=FIGURE_DPI)
+    write_run(output_dir, run)
     path.write_text(f"{card.strip()}\n", encoding="utf-8")
     return path
 
 
-def render_card(run: TrainingRun, files: Collection[str] = (), hub_id: str | None = None) -> ModelCard:
+def render_card(
+    run: TrainingRun, files: Collection[str] = (), hub_id: str | None = None, revision: str | None = None
+) -> ModelCard:
     """The card of a run.
 
     Args:
         run: What is known.
         files: Names of what lies beside the card.
         hub_id: Where the model is to be found; without it the snippets run in its folder.
+        revision: The branch there, if it is not main.
     """
     limits, worst_classes = _describe_limits(run)
     papers = [PAPERS[key] for key in (run.architecture, run.objective) if key is not None]
@@ -125,7 +135,9 @@ def render_card(run: TrainingRun, files: Collection[str] = (), hub_id: str | Non
         files=files,
         location=hub_id or ".",
         in_folder=hub_id is None,
+        where=f', revision="{revision}"' if revision else "",
         trust=", trust_remote_code=True" if run.model_type == "vit_custom" else "",
+        has_decoder=run.objective == "masked_autoencoder",
         classifies=run.task == CLASSIFICATION,
         columns=[escape_markdown(column) for column in next(iter(run.stages), ())],
         stages=[[escape_markdown(str(value)) for value in stage.values()] for stage in run.stages],
@@ -182,7 +194,7 @@ def merge_metadata(old: Mapping, new: Mapping, generated: Mapping) -> dict:
         if name == "tags":
             tags, theirs, ours = ((each.get(name) or []) for each in (new, old, generated))
             kept = [tag for tag in tags if tag in theirs or tag not in ours]
-            merged[name] = list(dict.fromkeys([*kept, *(tag for tag in theirs if tag not in ours)]))
+            merged[name] = list(dict.fromkeys([*kept, *(tag for tag in theirs if tag not in ours)])) or tags
         elif name in FACTS or old.get(name) == generated.get(name):
             merged[name] = new.get(name)
         else:
@@ -241,7 +253,8 @@ def _describe_model(run: TrainingRun) -> str:
     """Says in one sentence what the model is."""
     facts = []
     if run.preset is not None:
-        facts.append(f"preset {escape_markdown(run.preset)}")
+        changes = f" with {escape_markdown(', '.join(run.preset_changes))}" if run.preset_changes else ""
+        facts.append(f"preset {escape_markdown(run.preset)}{changes}")
     if run.num_parameters is not None:
         facts.append(f"{_format_count(run.num_parameters)} parameters")
     if run.flops is not None:
@@ -341,7 +354,7 @@ def _list_training_facts(run: TrainingRun) -> list[tuple[str, str]]:
         "Peak memory": None if run.peak_memory is None else f"{run.peak_memory / 2**30:.2f} GiB",
         "Energy": None if run.energy is None else f"{run.energy:.3g} kWh, by the counters of the processors and GPUs",
         "Carbon": None if run.carbon is None else f"{run.carbon:.3g} g of CO2 equivalent",
-        "Code": None if run.commit is None else f"commit {run.commit}",
+        "Code": None if run.commit is None else f"vit-custom, commit {run.commit}",
         **(run.versions or {}),
     }
     return [(escape_markdown(name), escape_markdown(fact)) for name, fact in facts.items() if fact is not None]
@@ -395,7 +408,10 @@ def _describe_calibration(bins: Sequence[Sequence[float]]) -> str:
     if abs(gap) < 0.005:
         return f"Its mean confidence, {mean:.1%}, is that of its accuracy to half a percent."
     than = "more" if gap > 0 else "less"
-    return f"It is {than} confident than right: mean confidence is {mean:.1%}, {abs(gap):.1%} from accuracy."
+    return (
+        f"It is {than} confident than right: mean confidence is {mean:.1%}, {abs(gap) * 100:.1f} points"
+        f" {'above' if gap > 0 else 'below'} accuracy."
+    )
 
 
 def _describe_reach(run: TrainingRun) -> str | None:
@@ -404,10 +420,11 @@ def _describe_reach(run: TrainingRun) -> str | None:
         return None
     means = [sum(heads) / len(heads) for heads in run.attention_distances]
     nearest, block = min((min(heads), number) for number, heads in enumerate(run.attention_distances, start=1))
+    listed = ", ".join(f"{mean:.1f}" for mean in means)
     return (
-        f"Mean attention distance is {means[0]:.1f} pixels in the first block and {means[-1]:.1f} in the last, where"
-        f" even attention would have {run.even_attention_distances[-1]:.1f}. The most local head, of block {block},"
-        f" looks {nearest:.1f} pixels far."
+        f"Mean attention distance from the first block to the last: {listed} pixels; even attention would have"
+        f" {run.even_attention_distances[-1]:.1f} in the last. The most local head, of block {block}, looks"
+        f" {nearest:.1f} pixels far."
     )
 
 

@@ -107,6 +107,7 @@ class Repo:
     id: str
     type: str
     private: bool
+    sdk: str | None = None  # of a Space
     branches: dict[str, Commit] = field(default_factory=dict)
     tags: dict[str, Commit] = field(default_factory=dict)
     pull_requests: dict[str, Commit] = field(default_factory=dict)
@@ -221,7 +222,7 @@ class LoopbackHub:
             raise Refusal(409, "You already created this model repo", url=url)
         first = Commit(hashlib.sha1(repo_id.encode()).hexdigest(), "initial commit", {}, None)
         is_private = request.get("private") or request.get("visibility") == "private"
-        self.repos[repo_type, repo_id] = Repo(repo_id, repo_type, bool(is_private), {"main": first})
+        self.repos[repo_type, repo_id] = Repo(repo_id, repo_type, bool(is_private), request.get("sdk"), {"main": first})
         return {"url": url, "name": repo_id, "id": repo_id}
 
     def validate_card(self, who, groups, query, body) -> dict:

@@ -11,12 +11,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from benchmarks import fidelity, lift, speed
+from benchmarks import fidelity, lift, load, speed
 from torch import nn
 
 
 FOLDER = Path(__file__).parent / "benchmarks"
-SCRIPTS = {"fidelity": fidelity, "lift": lift, "speed": speed}
+SCRIPTS = {"fidelity": fidelity, "lift": lift, "load": load, "speed": speed}
 QUICK = ["--image_size", "32", "--batch_size", "1", "--repeats", "2", "--warmup", "1", "--compile", "no"]
 QUICK += ["--device", "cpu", "--no_progress"]
 

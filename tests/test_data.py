@@ -89,6 +89,8 @@ def test_a_folder_without_splits_is_held_out_by_class(tmp_path):
     save_images(tmp_path / "dog", 10)
     splits = load_splits(DataArguments(dataset=str(tmp_path)))
     assert np.bincount(splits["validation"]["label"]).tolist() == [6, 2]
+    # Both are called by where they came from, as the card says it.
+    assert {str(split.split) for split in splits.values()} == {"train"}
 
 
 def test_modes_and_sizes_become_rgb_batches(tmp_path):

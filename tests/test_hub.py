@@ -25,7 +25,9 @@ from modeling_vit_custom import ViTCustomForImageClassification
 from trainers.hub import (
     Destination,
     RefusedError,
+    add_tag,
     check_publishable,
+    check_tag,
     collect_files,
     create_repo,
     upload,
@@ -246,7 +248,7 @@ def test_the_command_publishes_tags_and_collects(hub, finished, capsys):
     assert repo.branches["main"].title == "First"
     (collection,) = hub.collections.values()
     assert [item["id"] for item in collection["items"]] == [REPO]
-    line = f'pipeline("image-classification", "{REPO}", revision="{repo.branches["main"].oid}", trust_remote_code=True)'
+    line = f'pipeline("image-classification", "{REPO}", revision="v1", trust_remote_code=True)'
     assert line in out
     # By its slug, and a second time.
     publish([str(finished), REPO, "--collection", collection["slug"]])
@@ -273,7 +275,7 @@ def test_a_dry_run_asks_nobody(finished, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["no/such", REPO], "there is no folder 'no/such'"),
+        (["no/such", REPO], "'no/such' is not there"),
         (["{folder}", "a/b/c"], "'a/b/c' is no name of a repository such as user/name"),
         (["{folder}"], "the following arguments are required: user/name"),
         (["{folder}", REPO, "--priv"], "unrecognized arguments: --priv"),
@@ -324,7 +326,7 @@ def spoil_card(folder):
     ("spoil", "message"),
     [
         (spoil_config, "holds no config.json: give a folder that a training run left"),
-        (spoil_code, "lacks configuration_vit_custom.py: save the model and its card once more"),
+        (spoil_code, "lacks configuration_vit_custom.py: give the folder that a finished run left"),
         (spoil_processor, "lacks preprocessor_config.json"),
         (spoil_weights, "head.classifier.bias in .* is not finite: take an earlier checkpoint"),
         (cut_weights, "model.safetensors' cannot be read"),
@@ -344,9 +346,9 @@ def test_what_does_not_work_is_not_published(folder, spoil, message):
 @pytest.mark.parametrize(
     ("token", "message"),
     [
-        (None, "there is no token of the Hub: log in by `hf auth login`"),
+        (None, "there is no token of the Hub: log in by `hf auth login` or set HF_TOKEN"),
         ("hf_unknown", "the Hub does not know your token: log in by `hf auth login` (401"),
-        (READ_TOKEN, f"your token has no right to write to '{REPO}'"),
+        (READ_TOKEN, "may only read: make one that may write"),
         (STRANGERS_TOKEN, f"your token has no right to write to '{REPO}'"),
     ],
 )
@@ -385,10 +387,133 @@ def test_each_refusal_has_its_words(hub, finished, status, words):
 
 def test_a_card_that_the_hub_refuses_is_named(hub, folder):
     create_repo(DESTINATION)
-    (folder / "run.json").unlink()
-    (folder / "README.md").write_text("---\nmodel-index:\n- results: []\n---\n")
-    with pytest.raises(RefusedError, match=r'the Hub refuses the card: .*"model-index\[0\].name" is required'):
+    hub.fail("POST .*/validate-yaml", status=400)
+    with pytest.raises(RefusedError, match=r"the Hub refuses the card: Invalid metadata in README.md"):
         upload(folder, DESTINATION, "A version")
+
+
+def test_a_card_that_would_not_be_valid_with_what_is_there_is_not_sent(hub, folder):
+    create_repo(DESTINATION)
+    content = b"---\nwidget:\n- example_title: no source\n---\n# Mine\n"
+    commit = HfApi().upload_file(path_or_fileobj=content, path_in_repo="README.md", repo_id=REPO)
+    with pytest.raises(RefusedError, match="would not be valid: a widget example has no src"):
+        upload(folder, DESTINATION, "A version")
+    assert hub.repos["model", REPO].branches["main"].oid == commit.oid
+
+
+def test_a_public_repository_does_not_become_private_by_being_asked_to(hub, finished):
+    send(finished)
+    with pytest.raises(RefusedError, match="is there already, and public: nothing was sent"):
+        create_repo(replace(DESTINATION, private=True))
+    create_repo(Destination("someone/secret", private=True))
+    assert hub.repos["model", "someone/secret"].private
+
+
+def test_a_tag_of_another_version_is_refused_before_anything_is_sent(hub, folder):
+    tagged = send(folder)
+    add_tag(REPO, "v1", tagged.oid)
+    check_tag(DESTINATION, "v1")
+    (folder / "all_results.json").write_text('{"a": 1}')
+    newer = send(folder)
+    with pytest.raises(RefusedError, match="there is a tag 'v1' already, of another version: choose another one"):
+        check_tag(DESTINATION, "v1")
+    check_tag(DESTINATION, "v2")
+    assert hub.repos["model", REPO].branches["main"].oid == newer.oid
+
+
+def test_figures_of_an_older_model_leave(hub, folder):
+    send(folder)
+    (folder / "examples" / "1.png").unlink()
+    write_card(folder, replace(RUN, confusion_matrix=None, examples={}))
+    send(folder)
+    assert hub.files(REPO).keys() == PUBLISHED - {"examples/1.png", "confusion_matrix.png"}
+
+
+def test_a_picture_of_ones_own_goes_along(hub, folder):
+    shutil.copy(folder / "confusion_matrix.png", folder / "mine.png")
+    with (folder / "README.md").open("a") as card:
+        card.write("\n![Mine](mine.png) ![Not mine](../../secret.png) ![Far](https://x.org/a.png)\n")
+    assert set(collect_files(folder)) == PUBLISHED | {"mine.png"}
+
+
+def test_words_go_along_until_there_are_some_on_the_hub(hub, folder, capsys):
+    with (folder / "README.md").open("a") as card:
+        card.write("\nWritten here.\n")
+    send(folder)
+    assert "Written here." in hub.files(REPO)["README.md"].decode()
+    assert "keeps the words" not in capsys.readouterr().out
+    card = (folder / "README.md").read_text().replace("Written here.", "Written here later.")
+    (folder / "README.md").write_text(card)
+    send(folder)
+    assert "Written here." in hub.files(REPO)["README.md"].decode()
+    assert f"The card of {REPO} keeps the words that it has on the Hub" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "run.json").write_text("{"), "run.json' holds no facts"),
+        (lambda folder: (folder / "recipe.yaml").write_text("- a"), "recipe.yaml' holds no mapping"),
+        (lambda folder: (folder / "recipe.yaml").write_text("{a: ["), "recipe.yaml' is not YAML"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json' holds no mapping"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json' is not JSON"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "has no weight_map"),
+        (lambda folder: (folder / "examples" / "1.png").unlink(), "examples/1.png is not there"),
+        (lambda folder: (folder / "README.md").unlink(), r"lacks README.md: make the card by `python -m model_cards"),
+    ],
+)
+def test_what_cannot_be_published_is_said_before_anybody_is_asked(hub, folder, capsys, spoil, message):
+    spoil(folder)
+    with pytest.raises(SystemExit) as exit_info:
+        publish([str(folder), REPO])
+    assert exit_info.value.code == 2
+    assert re.fullmatch(f"publish: error: .*{message}.*\n", capsys.readouterr().err)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tag", "bad tag~^"], "--tag 'bad tag~\\^' is no name that git allows"),
+        (["--revision", "my branch"], "--revision 'my branch' is no name that git allows"),
+        (["--revision", ""], "--revision '' is no name"),
+        (["--message", ""], "--message is empty"),
+        (["--create_pr", "--tag", "v1"], "--tag v1 names what is there: not with --create_pr"),
+    ],
+)
+def test_options_that_make_no_sense_are_one_line(hub, finished, capsys, options, message):
+    with pytest.raises(SystemExit) as exit_info:
+        publish([str(finished), REPO, *options])
+    assert exit_info.value.code == 2
+    assert re.fullmatch(f"publish: error: {message}.*\n", capsys.readouterr().err)
+    assert not hub.requests
+
+
+def test_an_interruption_says_how_to_go_on(hub, finished, monkeypatch, capsys):
+    monkeypatch.setattr("trainers.hub.check_opens", interrupt)
+    with pytest.raises(SystemExit) as exit_info:
+        publish([str(finished), REPO])
+    assert exit_info.value.code == 130
+    assert "interrupted; nothing is lost: go on by `python -m trainers.publish" in capsys.readouterr().err
+
+
+def interrupt(folder):
+    raise KeyboardInterrupt
+
+
+def test_code_that_needs_our_packages_is_not_published(folder):
+    code = folder / "modeling_vit_custom.py"
+    code.write_text(f"import trainers.hub\n{code.read_text()}")
+    with pytest.raises(ValueError, match=r"does not open in a fresh process: .*trainers"):
+        check_publishable(folder)
+
+
+@pytest.mark.slow
+def test_a_proposal_of_nothing_new_says_so(hub, folder, capsys):
+    publish([str(folder), REPO])
+    publish([str(folder), REPO, "--create_pr"])
+    assert f"Nothing differs from {REPO}: there is nothing to propose" in capsys.readouterr().out
+    assert not hub.repos["model", REPO].pull_requests
 
 
 @pytest.mark.slow
@@ -396,7 +521,7 @@ def test_a_tag_that_is_taken_is_named(hub, folder, capsys):
     publish([str(folder), REPO, "--tag", "v1"])
     publish([str(folder), REPO, "--tag", "v1", "--collection", "Flowers"])  # of the same version: goes on
     (folder / "all_results.json").write_text("[]")
-    message = r"error: tag 'v1' of another version is there already .* go on by `python -m trainers.publish"
+    message = r"error: the new version is there, but tag 'v1' is of the one before: choose another one; .* go on by"
     with pytest.raises(SystemExit, match=message):
         publish([str(folder), REPO, "--tag", "v1"])
 

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from matplotlib import colormaps
 from PIL import Image
 from tiny_models import tiny_model
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel
@@ -73,12 +74,13 @@ def test_attention_distances_are_points():
     assert lines == {"mean of the heads": [2, 6], "even attention": [9, 10]}
 
 
-def test_maps_darken_what_does_not_count():
-    weights = torch.zeros(32, 32)
+def test_maps_are_colours_over_grey():
+    weights = torch.full((32, 32), 3.0)
     weights[:16] = 7.0
-    dimmed = overlay(GREY, weights)
-    assert (dimmed[:16] == 200).all()
-    assert (dimmed[16:] == 30).all()
+    mapped = overlay(GREY, weights)
+    for part, level in ((mapped[:16], 1.0), (mapped[16:], 0.0)):
+        expected = 100 + 255 * np.array(colormaps["inferno"](level)[:3]) / 2
+        np.testing.assert_allclose(part, np.broadcast_to(expected, part.shape), atol=1)
     colors = torch.tensor([[[1.0, 0.0, 0.5], [0.0, 1.0, 0.0]]])
     np.testing.assert_array_equal(overlay(GREY, colors)[5, [3, 20]], [[255, 0, 128], [0, 255, 0]])
 

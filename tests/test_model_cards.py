@@ -245,7 +245,7 @@ def test_full_card_states_every_fact(tmp_path):
         ["rose", "10", "80.0%", "100.0%", "88.9%"],
         ["tulip", "10", "60.0%", "85.7%", "70.6%"],
     ]
-    assert "It is less confident than right: mean confidence is 76.7%, 3.3% from accuracy." in text
+    assert "It is less confident than right: mean confidence is 76.7%, 3.3 points below accuracy." in text
     assert "arxiv.org/abs/2012.12877" in text
     assert read_table(text, "| Split |") == [["train", "1,200"], ["test", "30"]]
     assert "```bash\npython -m trainers.finetune \\\n  --recipe flowers\n```" in text
@@ -255,7 +255,7 @@ def test_full_card_states_every_fact(tmp_path):
         ["Wall time", "1 h 02 min"],
         ["Speed", "812 images a second"],
         ["Peak memory", "3.00 GiB"],
-        ["Code", "commit 0123456789ab"],
+        ["Code", "vit-custom, commit 0123456789ab"],
         ["torch", "2.8.0"],
         ["transformers", "5.17.0"],
     ]
@@ -290,13 +290,20 @@ def test_unknown_facts_are_absent(tmp_path):
         ({"base_folder": "pretrained"}, "classifies images, fine-tuned from the local checkpoint pretrained."),
         ({"ema_decay": 0.999}, "classifies images, with weights averaged over training (decay 0.999)."),
         ({"step": 20, "max_steps": 1000}, "Training goes on: these are the weights of step 20 of 1,000."),
-        ({"calibration": [(10, 0.9, 0.75)]}, "It is more confident than right: mean confidence is 90.0%, 15.0% from"),
+        (
+            {"calibration": [(10, 0.9, 0.75)]},
+            "It is more confident than right: mean confidence is 90.0%, 15.0 points above accuracy.",
+        ),
         ({"energy": 0.0123}, "| Energy | 0.0123 kWh, by the counters of the processors and GPUs |"),
         ({"stages": [{"Stage": 1, "A|B": "x|y"}]}, "| Stage | A\\|B |\n|---|---|\n| 1 | x\\|y |"),
         (
             {"attention_distances": [[4.0, 2.0], [8.0, 9.0]], "even_attention_distances": [10.0, 10.0]},
-            "is 3.0 pixels in the first block and 8.5 in the last, where even attention would have 10.0. The most "
+            "from the first block to the last: 3.0, 8.5 pixels; even attention would have 10.0 in the last. The most "
             "local head, of block 1, looks 2.0 pixels far.",
+        ),
+        (
+            {"preset": "vit_nano", "preset_changes": ["patch_size=4", "image_size=16"]},
+            "classifies images, preset vit\\_nano with patch\\_size=4, image\\_size=16.",
         ),
         ({"preprocessing": "Images are scaled."}, "## Model\n\nImages are scaled.\n"),
         ({"image_size": (192, 256)}, "classifies images, images of 192 x 256 pixels."),
@@ -473,6 +480,8 @@ def test_snippets_run_as_they_stand(tmp_path, monkeypatch, capsys):
 
 def test_facts_survive_their_file(tmp_path):
     run = replace(FULL_RUN, examples={"examples/1.png": "daisy"}, image_size=(192, 256), versions={"é": "1"})
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "1.png").touch()
     write_card(tmp_path, run)
     assert str(render_card(read_run(tmp_path), FIGURES)) == str(render_card(run, FIGURES))
 
@@ -480,7 +489,15 @@ def test_facts_survive_their_file(tmp_path):
 def test_facts_that_are_none_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"there is no run.json in .*: give a folder that a training run left"):
         read_run(tmp_path)
-    for text in ("{", "[1]", '{"name": "x", "colour": 1}', '{"name": "x", "results": {"accuracy": 2}}'):
+    for text in (
+        "{",
+        "[1]",
+        '{"name": "x", "colour": 1}',
+        '{"name": "x", "results": {"accuracy": 2}}',
+        '{"name": "x", "results": [1]}',
+        '{"name": "x", "architecture": "resnet"}',
+        '{"name": null}',
+    ):
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(ValueError, match="holds no facts of a run"):
             read_run(tmp_path)
@@ -492,13 +509,13 @@ def test_what_people_wrote_survives_a_new_card():
         "<!-- end use -->", "<!-- end use -->\n\n## Thanks\n\nTo all."
     )
     edited = edited.replace("library_name: transformers", "library_name: nonsense\nlicense: mit\nlanguage: en")
-    edited = edited.replace("tags:", "tags:\n- flowers").replace("classify = pipeline", "classify = nothing")
+    edited = edited.replace("tags:", "tags:\n- flowers").replace("classify = pipeline", "classify = guess")
     new = str(render_card(replace(FULL_RUN, license="apache-2.0"), FIGURES, hub_id="someone/model"))
     merged = merge_cards(edited, new, generated=old)
     metadata, body = split_card(merged)
     for words in ("# Our flowers\n\nTaken in May.", "## Thanks\n\nTo all.", "## Results", "```bibtex"):
         assert words in body
-    for words in ("# deit-tiny-flowers", "nothing", "nonsense"):
+    for words in ("# deit-tiny-flowers", "guess", "nonsense"):
         assert words not in merged
     assert find_parts(body) == find_parts(split_card(new)[1])
     assert list(find_parts(body)) == list(find_parts(split_card(new)[1]))
@@ -551,6 +568,53 @@ def test_the_cards_of_this_project_say_what_their_runs_left(facts):
 
 def test_there_is_a_card_of_a_run_of_this_project():
     assert len(OWN_CARDS) > 1
+
+
+def test_a_card_that_cannot_be_made_replaces_nothing(tmp_path):
+    write_card(tmp_path, FULL_RUN, PICTURES)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    (tmp_path / "README.md").write_text(before["README.md"].decode().replace("<!-- end results -->", ""))
+    broken = (tmp_path / "README.md").read_bytes()
+    with pytest.raises(ValueError, match="results"):
+        write_card(tmp_path, replace(FULL_RUN, confusion_matrix=None), keep_edits=True)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before | {"README.md": broken}
+
+
+def test_an_example_that_is_gone_is_not_shown(tmp_path):
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "2.png").touch()
+    run = replace(MINIMAL_RUN, examples={"examples/1.png": "a", "examples/2.png": "b"})
+    text = write_card(tmp_path, run).read_text(encoding="utf-8")
+    assert split_card(text)[0]["widget"] == [{"src": "examples/2.png", "example_title": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "error"),
+    [
+        ("base_model: 3", "base_model 3 is none on the Hub"),
+        ("widget:\n- src: 3", "a widget example has no src"),
+        (
+            "model-index:\n- name: x\n  results:\n  - task: y",
+            "a result that is no mapping of task, dataset and metrics",
+        ),
+        ("model-index:\n- name: x\n  results:\n  - 3", "a result that is no mapping of task, dataset and metrics"),
+    ],
+)
+def test_metadata_of_the_wrong_kind_are_named(metadata, error):
+    card = f"---\nlibrary_name: x\npipeline_tag: y\ntags: [z]\n{metadata}\n---\n"
+    assert any(error in found for found in find_card_errors(card))
+
+
+def test_snippets_of_a_branch_open_that(tmp_path):
+    card = str(render_card(FULL_RUN, hub_id="someone/model", revision="dev"))
+    assert card.count('"someone/model", revision="dev", trust_remote_code=True') == 4
+    assert card.count(', ignore_mismatched_sizes=True, revision="dev", trust_remote_code=True') == 1
+
+
+def test_tags_that_are_lost_come_back():
+    new = str(render_card(FULL_RUN))
+    metadata, _ = split_card(merge_cards("# Mine", new, generated=new))
+    assert metadata["tags"] == split_card(new)[0]["tags"]
 
 
 def test_a_card_that_cannot_be_rebuilt(tmp_path, capsys):

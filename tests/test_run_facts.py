@@ -1,9 +1,11 @@
 """What a card says of a run's model, images and command."""
 
 import pytest
-from transformers import CLIPImageProcessor, ViTImageProcessor
+from datasets import Dataset, DatasetDict, NamedSplit
+from transformers import CLIPImageProcessor, TrainerState, ViTImageProcessor
 
 from modeling_vit_custom import list_presets, preset_config
+from trainers.classification import latest_evaluation
 from trainers.run_facts import describe_preprocessing, describe_stages, format_command, hide_folders
 
 
@@ -69,6 +71,43 @@ def test_commands_of_many_processes_say_how_they_were_started(monkeypatch):
     assert format_command("pretrain", [], 8) == "torchrun --nnodes 2 --nproc_per_node 4 -m trainers.pretrain "
 
 
+def test_figures_are_those_of_the_weights_beside_them():
+    labels = {"image": [], "label": []}
+    splits = DatasetDict(
+        train=Dataset.from_dict(labels, split=NamedSplit("train")),
+        validation=Dataset.from_dict(labels, split=NamedSplit("train")),
+    )
+    logged = [{"eval_loss": 1.0, "eval_accuracy": 0.5, "step": 20}, {"loss": 2.0, "step": 23}]
+    found = latest_evaluation(TrainerState(global_step=20, log_history=logged), splits)
+    assert found["results"] == {"accuracy": 0.5, "loss": 1.0}
+    assert (found["evaluation_split"], found["evaluation_origin"]) == ("validation", "train")
+    assert found["split_sizes"] == {"train": 0, "validation": 0}
+    assert latest_evaluation(TrainerState(global_step=23, log_history=logged), splits) == {}
+    assert latest_evaluation(TrainerState(global_step=23, log_history=[]), splits) == {}
+
+
+def test_commands_push_to_nobodys_repository():
+    argv = [
+        "--seed",
+        "0",
+        "--push_to_hub",
+        "true",
+        "--hub_model_id=me/mine",
+        "--hub_private_repo",
+        "true",
+        "--bf16",
+        "true",
+    ]
+    assert format_command("finetune", argv) == "python -m trainers.finetune --seed 0 --bf16 true"
+
+
+def test_local_folders_are_shown_by_their_names(tmp_path, monkeypatch):
+    (tmp_path / "private" / "images").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert hide_folders("private/images") == "images"
+    assert hide_folders("user/name") == "user/name"
+
+
 @pytest.mark.parametrize(
     ("argument", "shown"),
     [
@@ -76,6 +115,8 @@ def test_commands_of_many_processes_say_how_they_were_started(monkeypatch):
         ("/home/me/run=3/images", "images"),
         ("--dataset=/home/me/images", "--dataset=images"),
         ("runs/mine", "runs/mine"),
+        ("../runs/mine", "mine"),
+        ("--output_dir=~/mine", "--output_dir=mine"),
         ("--rotation=5", "--rotation=5"),
     ],
 )

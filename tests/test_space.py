@@ -1,6 +1,6 @@
 """The demo in spaces/: its answers, everything it must refuse, and the command that starts it."""
 
-import importlib.util
+import base64
 import json
 import os
 import re
@@ -10,15 +10,28 @@ import sys
 import urllib.error
 import urllib.request
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 import yaml
 from packaging.version import Version
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+from tiny_models import tiny_model
+from transformers import CLIPImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from modeling_vit_custom import ViTCustomForImageClassification
+from modeling_vit_custom.interpretability import (
+    attention_map,
+    attention_rollout,
+    grad_cam,
+    gradient_attention,
+    gradient_rollout,
+)
+from modeling_vit_custom.interpretability.figures import overlay
 
 
 gradio = pytest.importorskip("gradio")
@@ -28,6 +41,33 @@ from gradio_client.exceptions import AppError  # noqa: E402
 
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "spaces"))  # as the command has it
+
+import app  # noqa: E402
+import page  # noqa: E402
+from classifier import (  # noqa: E402
+    ATTENTION,
+    GRAD_CAM,
+    GRADIENT_ATTENTION,
+    GRADIENT_ROLLOUT,
+    ROLLOUT,
+    Classifier,
+    UnusableModelError,
+    distinct_labels,
+    load_classifier,
+)
+from page import LAUNCH_OPTIONS, build_demo  # noqa: E402
+from uploads import (  # noqa: E402
+    MAX_FILE_BYTES,
+    NO_IMAGE,
+    NOT_AN_IMAGE,
+    NOT_UPLOADED,
+    TOO_LARGE,
+    TOO_MANY_PIXELS,
+)
+from version import describe_version  # noqa: E402
+
+
 LABELS = ["ant", "bee", "cat", "dog", "eel"]
 # The code of a model that only its own checkpoint knows: a linear classifier of the mean colour.
 CUSTOM_CODE = """
@@ -54,20 +94,12 @@ class MeanColourForImageClassification(PreTrainedModel):
 
 
 @pytest.fixture(scope="module")
-def app():
-    spec = importlib.util.spec_from_file_location("space_app", ROOT / "spaces" / "app.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     torch.manual_seed(0)
     config = ViTConfig(
         hidden_size=16,
-        num_hidden_layers=1,
+        num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=32,
         image_size=16,
@@ -87,11 +119,11 @@ def upload_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def demo(app, checkpoint, upload_folder):
+def demo(checkpoint, upload_folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(upload_folder))
-        demo = app.build_demo(app.load_classifier(str(checkpoint)))
-        demo.launch(server_name="127.0.0.1", prevent_thread_lock=True, ssr_mode=False, quiet=True, **app.LAUNCH_OPTIONS)
+        demo = build_demo([load_classifier(str(checkpoint))], describe_version())
+        demo.launch(server_name="127.0.0.1", prevent_thread_lock=True, ssr_mode=False, quiet=True, **LAUNCH_OPTIONS)
         yield demo
         demo.close()
 
@@ -189,8 +221,8 @@ def test_every_colour_mode_becomes_rgb(client, checkpoint, tmp_path, mode, suffi
     assert answered_probabilities(answer) == pytest.approx(expected, abs=1e-6)
 
 
-def test_independent_labels_have_independent_probabilities(app, checkpoint):
-    classifier = app.load_classifier(str(checkpoint))
+def test_independent_labels_have_independent_probabilities(checkpoint):
+    classifier = load_classifier(str(checkpoint))
     classifier.model.config.problem_type = "multi_label_classification"
     with torch.no_grad():
         logits = classifier.model(**classifier.image_processor(images=picture(), return_tensors="pt")).logits[0]
@@ -198,8 +230,8 @@ def test_independent_labels_have_independent_probabilities(app, checkpoint):
     assert classifier.classify(picture(), 5) == pytest.approx(expected, abs=1e-6)
 
 
-def test_classes_that_share_a_label_stay_apart(app):
-    assert app.distinct_labels({0: "crane", 1: "ant", 2: "crane"}) == ("crane (0)", "ant", "crane (2)")
+def test_classes_that_share_a_label_stay_apart():
+    assert distinct_labels({0: "crane", 1: "ant", 2: "crane"}) == ("crane (0)", "ant", "crane (2)")
 
 
 # Refusals
@@ -241,43 +273,43 @@ def save_long_strip(path):
 @pytest.mark.parametrize(
     ("save", "sentence"),
     [
-        (save_text, "NOT_AN_IMAGE"),
-        (save_truncated, "NOT_AN_IMAGE"),
-        (save_unlisted_format, "NOT_AN_IMAGE"),
-        (save_damaged_orientation, "NOT_AN_IMAGE"),
-        (save_pixel_bomb, "TOO_MANY_PIXELS"),
-        (save_pillows_own_pixel_bomb, "TOO_MANY_PIXELS"),
-        (save_long_strip, "TOO_MANY_PIXELS"),
+        (save_text, NOT_AN_IMAGE),
+        (save_truncated, NOT_AN_IMAGE),
+        (save_unlisted_format, NOT_AN_IMAGE),
+        (save_damaged_orientation, NOT_AN_IMAGE),
+        (save_pixel_bomb, TOO_MANY_PIXELS),
+        (save_pillows_own_pixel_bomb, TOO_MANY_PIXELS),
+        (save_long_strip, TOO_MANY_PIXELS),
     ],
 )
-def test_unfit_file_gets_one_sentence(app, client, tmp_path, save, sentence):
+def test_unfit_file_gets_one_sentence(client, tmp_path, save, sentence):
     path = tmp_path / "picture.png"
     save(path)
-    assert path.stat().st_size < app.MAX_FILE_BYTES
+    assert path.stat().st_size < MAX_FILE_BYTES
     with pytest.raises(AppError) as refusal:
         client.predict(handle_file(path), 3, api_name="/classify")
-    assert refusal.value.message == getattr(app, sentence)
+    assert refusal.value.message == sentence
 
 
-def test_oversized_upload_is_refused_at_the_door(app, demo, upload_folder):
-    boundary, size = "boundary", app.MAX_FILE_BYTES + 1
+def test_oversized_upload_is_refused_at_the_door(demo, upload_folder):
+    boundary, size = "boundary", MAX_FILE_BYTES + 1
     head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
     body = head.encode() + bytes(size) + f"\r\n--{boundary}--\r\n".encode()
     headers = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
     before = set(upload_folder.rglob("*"))
     status, text = request(f"{demo.local_api_url}upload", body, headers)
     assert status == 413
-    assert f"maximum allowed size of {app.MAX_FILE_BYTES} bytes" in text
+    assert f"maximum allowed size of {MAX_FILE_BYTES} bytes" in text
     assert set(upload_folder.rglob("*")) == before
 
 
-def test_oversized_file_is_refused_unopened(app, demo, upload_folder):
+def test_oversized_file_is_refused_unopened(demo, upload_folder):
     path = upload_folder / "oversized.png"
     picture().save(path)
     with path.open("ab") as file:
-        file.truncate(app.MAX_FILE_BYTES + 1)
+        file.truncate(MAX_FILE_BYTES + 1)
     success, output = call(demo, {"path": str(path)}, 3)
-    assert (success, output["error"]) == (False, app.TOO_LARGE)
+    assert (success, output["error"]) == (False, TOO_LARGE)
 
 
 @pytest.fixture
@@ -293,7 +325,7 @@ MARK = {"meta": {"_type": "gradio.FileData"}}
 
 @pytest.mark.parametrize("mark", [{}, MARK], ids=["unmarked", "marked"])
 @pytest.mark.parametrize("target", ["image", "passwd", "dots", "link", "folder", "relative", "address", "null byte"])
-def test_only_uploads_are_opened(app, demo, upload_folder, server_file, target, mark):
+def test_only_uploads_are_opened(demo, upload_folder, server_file, target, mark):
     link = upload_folder / "link.png"
     link.unlink(missing_ok=True)
     link.symlink_to(server_file)
@@ -308,28 +340,28 @@ def test_only_uploads_are_opened(app, demo, upload_folder, server_file, target, 
         "null byte": f"{upload_folder}/a\0.png",
     }[target]
     success, output = call(demo, {"path": path, **mark}, 3)
-    assert (success, output["error"]) == (False, app.NOT_UPLOADED)
+    assert (success, output["error"]) == (False, NOT_UPLOADED)
     assert path not in json.dumps(output)
 
 
-def test_function_behind_the_slider_opens_only_uploads(app, demo, upload_folder, server_file):
+def test_function_behind_the_slider_opens_only_uploads(demo, upload_folder, server_file):
     picture().save(upload_folder / "picture.png")
     success, output = call(demo, {"path": str(upload_folder / "picture.png")}, 2, function="classify_again")
     assert success
     assert len(output["data"][0]["confidences"]) == 2
     success, output = call(demo, {"path": str(server_file)}, 2, function="classify_again")
-    assert (success, output["error"]) == (False, app.NOT_UPLOADED)
+    assert (success, output["error"]) == (False, NOT_UPLOADED)
     assert call(demo, None, 2, function="classify_again")[0]
 
 
-def test_image_inside_the_payload_is_refused(app, demo):
+def test_image_inside_the_payload_is_refused(demo):
     success, output = call(demo, {"url": "data:image/png;base64,iVBORw0KGgo="}, 3)
-    assert (success, output["error"]) == (False, app.NOT_UPLOADED)
+    assert (success, output["error"]) == (False, NOT_UPLOADED)
 
 
-def test_no_other_input_names_a_file(app, demo, server_file):
+def test_no_other_input_names_a_file(demo, server_file):
     success, output = call(demo, None, [{"deep": {"path": str(server_file), **MARK}}])
-    assert (success, output["error"]) == (False, app.NOT_UPLOADED)
+    assert (success, output["error"]) == (False, NOT_UPLOADED)
 
 
 def test_upload_is_opened_without_the_mark(demo, upload_folder):
@@ -339,9 +371,9 @@ def test_upload_is_opened_without_the_mark(demo, upload_folder):
     assert success
 
 
-def test_no_image_gets_one_sentence(app, demo):
+def test_no_image_gets_one_sentence(demo):
     success, output = call(demo, None, 3)
-    assert (success, output["error"]) == (False, app.NO_IMAGE)
+    assert (success, output["error"]) == (False, NO_IMAGE)
 
 
 @pytest.mark.parametrize("top_k", [0, 6, 2.5, -1, 1e300, "3", None, [3]])
@@ -358,27 +390,199 @@ def test_queue_cannot_be_passed_by(demo):
     assert "join the queue" in text
 
 
+# What a prediction rests on
+
+
+def shown(answer):
+    """The picture that an endpoint gave."""
+    with Image.open(answer["path"] if isinstance(answer, dict) else answer) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+@pytest.fixture
+def file(tmp_path):
+    picture(64, 48).save(tmp_path / "picture.png")
+    return handle_file(tmp_path / "picture.png")
+
+
+@pytest.mark.parametrize("method", [GRAD_CAM, ROLLOUT, GRADIENT_ROLLOUT, GRADIENT_ATTENTION, ATTENTION])
+def test_a_map_is_laid_over_the_image(client, checkpoint, file, method):
+    classifier = load_classifier(str(checkpoint))
+    found = shown(client.predict(file, method, "cat", 2, 1, api_name="/explain"))
+    pixels, model = classifier.prepare(picture(64, 48)), classifier.transparent
+    wanted = torch.tensor([LABELS.index("cat")])
+    maps = {
+        GRAD_CAM: lambda: grad_cam(model, pixels, wanted)[0][0],
+        ROLLOUT: lambda: attention_rollout(model, pixels)[0],
+        GRADIENT_ROLLOUT: lambda: gradient_rollout(model, pixels, wanted)[0],
+        GRADIENT_ATTENTION: lambda: gradient_attention(model, pixels, 1, wanted)[0],
+        ATTENTION: lambda: attention_map(model, pixels, 1)[0, 0],
+    }
+    seen = picture(64, 48).resize((320, 240), Image.Resampling.NEAREST)
+    expected = overlay(np.asarray(seen), maps[method]()).astype(int)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).mean() < 4  # it travels as a compressed picture
+    assert found.std() > 5
+
+
+def test_the_likeliest_class_is_explained_unless_another_is_asked_for(client, checkpoint, file):
+    classifier = load_classifier(str(checkpoint))
+    likeliest = next(iter(classifier.classify(picture(64, 48), 1)))
+    other = next(label for label in LABELS if label != likeliest)
+    default, named, another = (
+        shown(client.predict(file, GRADIENT_ATTENTION, label, 2, 0, api_name="/explain"))
+        for label in (page.LIKELIEST, likeliest, other)
+    )
+    np.testing.assert_array_equal(default, named)
+    assert np.abs(default - another).max() > 10
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["Magic", page.LIKELIEST, 1, 0], "Choose a method from the list."),
+        ([None, page.LIKELIEST, 1, 0], "Choose a method from the list."),
+        ([["Grad-CAM"], page.LIKELIEST, 1, 0], "Choose a method from the list."),
+        ([GRAD_CAM, "unicorn", 1, 0], "Choose a class from the list."),
+        ([ATTENTION, page.LIKELIEST, 0, 0], "The layer must be a whole number from 1 to 2."),
+        ([ATTENTION, page.LIKELIEST, 3, 0], "The layer must be a whole number from 1 to 2."),
+        ([ATTENTION, page.LIKELIEST, 1.5, 0], "The layer must be a whole number from 1 to 2."),
+        ([ATTENTION, page.LIKELIEST, 2, 3], "The head of layer 2 must be a whole number from 0 to 2."),
+        ([ATTENTION, page.LIKELIEST, 2, "1"], "The head of layer 2 must be a whole number from 0 to 2."),
+    ],
+)
+def test_impossible_explanations_get_one_sentence(demo, upload_folder, options, sentence):
+    picture().save(upload_folder / "picture.png")
+    success, output = call(demo, {"path": str(upload_folder / "picture.png")}, *options, function="explain")
+    assert (success, output["error"]) == (False, sentence)
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [("explain", [GRAD_CAM, page.LIKELIEST, 1, 0]), ("compare", ["tiny", 1.0, "tiny", 2.0])],
+)
+def test_every_function_opens_only_uploads(demo, server_file, function, options):
+    success, output = call(demo, {"path": str(server_file)}, *options, function=function)
+    assert (success, output["error"]) == (False, NOT_UPLOADED)
+    success, output = call(demo, None, *options, function=function)
+    assert (success, output["error"]) == (False, NO_IMAGE)
+
+
+def test_two_sizes_are_compared(client, checkpoint, file):
+    first, seen, second, seen_again = client.predict(file, "tiny", 1.0, "tiny", 2.0, api_name="/compare")
+    classifier = load_classifier(str(checkpoint))
+    assert answered_probabilities(first) == pytest.approx(classifier.classify(picture(64, 48), 3), abs=1e-5)
+    expected = classifier.classify_at(picture(64, 48), 32, 3)
+    assert answered_probabilities(second) == pytest.approx(expected, abs=1e-5)
+    assert answered_probabilities(first) != pytest.approx(answered_probabilities(second), abs=1e-3)
+    assert shown(seen).shape == shown(seen_again).shape == (240, 320, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["other", 1.0, "tiny", 1.0], "Choose a model from the list."),
+        (["../secret", 1.0, "tiny", 1.0], "Choose a model from the list."),
+        (["tiny", 1.0, "tiny", 1000], "Choose a size from the list."),
+        (["tiny", True, "tiny", 1.0], "Choose a size from the list."),
+        (["tiny", "1.0", "tiny", 1.0], "Choose a size from the list."),
+    ],
+)
+def test_impossible_comparisons_get_one_sentence(demo, upload_folder, options, sentence):
+    picture().save(upload_folder / "picture.png")
+    success, output = call(demo, {"path": str(upload_folder / "picture.png")}, *options, function="compare")
+    assert (success, output["error"]) == (False, sentence)
+
+
+def save_classifier(model, folder):
+    model.config.id2label = dict(enumerate(LABELS))
+    model.save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return load_classifier(str(folder))
+
+
+def test_every_architecture_has_methods_of_its_own(architecture, tmp_path):
+    classifier = save_classifier(tiny_model(ViTCustomForImageClassification, architecture), tmp_path / architecture)
+    rollouts = [ROLLOUT, GRADIENT_ROLLOUT] if architecture in ("vit", "deit") else []
+    assert classifier.methods == [GRAD_CAM, *rollouts, GRADIENT_ATTENTION, ATTENTION]
+    for method in classifier.methods:
+        for layer, heads in enumerate(classifier.heads, start=1):
+            assert classifier.explain(picture(), method, layer, heads).size == (320, 160)
+    drawn = classifier.draw_learnt([picture(), picture(seed=1)])
+    assert drawn.keys() == {"filters", "distance"} | ({"positions"} if architecture != "swin" else set())
+    build_demo([classifier])
+
+
+def test_two_models_are_compared(checkpoint, tmp_path):
+    other = save_classifier(tiny_model(ViTCustomForImageClassification, "swin"), tmp_path / "swin")
+    demo = build_demo([load_classifier(str(checkpoint)), other])
+    choices = [block.choices for block in demo.blocks.values() if getattr(block, "label", "") == "Model"]
+    assert choices == [[("tiny", "tiny"), ("swin", "swin")]] * 2
+
+
+def test_a_model_of_another_kind_is_classified_with_and_not_looked_into(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=5)
+    classifier = save_classifier(transformers.ResNetForImageClassification(config), tmp_path / "resnet")
+    assert classifier.transparent is None
+    assert classifier.methods == []
+    assert len(classifier.classify(picture(), 5)) == 5
+    tabs = [block.label for block in build_demo([classifier]).blocks.values() if isinstance(block, gradio.Tab)]
+    assert tabs == ["Try it", "Classes"]
+
+
+def test_what_a_processor_cuts_off_is_not_shown():
+    classifier = Classifier(
+        "name",
+        tiny_model(ViTCustomForImageClassification, "vit"),
+        CLIPImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}),
+        tuple(LABELS),
+    )
+    image = picture(200, 100)
+    frame = classifier.find_frame(image)
+    assert frame == (60, 10, 140, 90)
+    whole, same_size = classifier.prepare(image), classifier.prepare(image, 32)
+    squeezed = classifier.image_processor(
+        image, size={"height": 32, "width": 32}, do_center_crop=False, return_tensors="pt"
+    )["pixel_values"]
+    assert (whole - same_size).abs().mean() < 0.1 < 0.4 < (whole - squeezed).abs().mean()
+
+
+def test_a_card_is_shown_with_its_figures(tmp_path):
+    (tmp_path / "model").mkdir()
+    picture().save(tmp_path / "model" / "figure.png")
+    picture().save(tmp_path / "secret.png")
+    (tmp_path / "model" / "README.md").write_text(
+        "---\nlicense: mit\n---\n\n# Mine\n<!-- begin results: generated -->\n![a](figure.png)\n![b](../secret.png)\n"
+        "![c](gone.png)\n"
+    )
+    text = page.read_card(tmp_path / "model")
+    assert "license" not in text
+    assert "<!--" not in text
+    figures = re.findall(r"!\[(\w)\]\(data:image/png;base64,([\w+/=]+)\)", text)
+    assert [name for name, _ in figures] == ["a"]
+    assert base64.b64decode(figures[0][1]) == (tmp_path / "model" / "figure.png").read_bytes()
+    assert "secret" not in text
+
+
 # The page
 
 
-def test_page_names_model_parameters_and_version(app, demo, checkpoint):
+def test_page_names_model_parameters_and_version(demo, checkpoint):
     _, text = request(f"{demo.local_url}config")
     count = sum(parameter.numel() for parameter in ViTForImageClassification.from_pretrained(checkpoint).parameters())
-    assert (
-        f"tiny · {count:,} parameters · {app.describe_version()}"
-        in json.loads(text)["components"][-1]["props"]["value"]
-    )
+    assert f"tiny · {count:,} parameters · {describe_version()}" in json.loads(text)["components"][-1]["props"]["value"]
     assert "5 classes apart: ant, bee, cat, dog, eel." in text
     assert str(checkpoint) not in text
 
 
-def test_page_escapes_what_a_checkpoint_says(app, checkpoint):
-    loaded = app.load_classifier(str(checkpoint))
+def test_page_escapes_what_a_checkpoint_says(checkpoint):
+    loaded = load_classifier(str(checkpoint))
     labels = ("<script>", *LABELS[1:])
-    classifier = app.Classifier("<b>name</b>", loaded.model, loaded.image_processor, labels)
-    page = app.introduction(classifier) + app.about(classifier)
-    assert "<script>" not in page
-    assert "<b>" not in page
+    classifier = replace(loaded, name="<b>name</b>", labels=labels, address='https://x/"><script>')
+    words = page.introduction(classifier) + page.about(classifier, "<b>1</b>")
+    assert "<script>" not in words
+    assert "<b>" not in words
 
 
 def test_page_is_closed(demo, client):
@@ -387,16 +591,17 @@ def test_page_is_closed(demo, client):
     assert config["show_error"] is False
     assert config.get("run_history", False) is False  # gradio 6.10 has none
     assert demo.share is False
-    assert demo._queue.max_size == 32
-    assert list(client.view_api(return_format="dict")["named_endpoints"]) == ["/classify"]
+    assert demo._queue.max_size == page.MAX_WAITING
+    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/classify", "/explain", "/compare"}
 
 
 # The command
 
 
-def test_missing_default_model_is_one_line(tmp_path):
-    command = [sys.executable, str(ROOT / "spaces" / "app.py")]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+def test_a_model_of_a_run_that_was_not_made_is_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "spaces" / "app.py"), "--model", "runs/digits"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
     assert result.stderr.splitlines() == [
         "app.py: error: there is no model in 'runs/digits': run `make quickstart` first or pass --model"
@@ -435,7 +640,7 @@ def remove_head(folder):
         (remove_head, "lacks classifier.bias, classifier.weight"),
     ],
 )
-def test_unusable_model_is_one_line(app, checkpoint, tmp_path, monkeypatch, capfd, quiet_transformers, damage, reason):
+def test_unusable_model_is_one_line(checkpoint, tmp_path, monkeypatch, capfd, quiet_transformers, damage, reason):
     monkeypatch.delattr("gradio.Blocks.launch")
     folder = tmp_path / "model"
     shutil.copytree(checkpoint, folder)
@@ -451,7 +656,7 @@ def test_unusable_model_is_one_line(app, checkpoint, tmp_path, monkeypatch, capf
     assert "pass --model a folder written by save_pretrained or a Hub id such as user/name" in line
 
 
-def test_code_of_a_checkpoint_runs_only_when_it_is_trusted(app, checkpoint, tmp_path, monkeypatch):
+def test_code_of_a_checkpoint_runs_only_when_it_is_trusted(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     folder = tmp_path / "mean-colour"
@@ -469,31 +674,31 @@ def test_code_of_a_checkpoint_runs_only_when_it_is_trusted(app, checkpoint, tmp_
     }
     (folder / "config.json").write_text(json.dumps(config))
     torch.save({"head.weight": torch.zeros(5, 3), "head.bias": torch.arange(5.0)}, folder / "pytorch_model.bin")
-    with pytest.raises(app.UnusableModelError, match="pass --trust_remote_code if you trust it"):
-        app.load_classifier(str(folder))
+    with pytest.raises(UnusableModelError, match="pass --trust_remote_code if you trust it"):
+        load_classifier(str(folder))
     assert not (tmp_path / "modules").exists()
-    classifier = app.load_classifier(str(folder), trust_remote_code=True)
+    classifier = load_classifier(str(folder), trust_remote_code=True)
     assert list(classifier.classify(picture(), 2)) == ["eel", "dog"]
 
 
-def test_command_serves_the_model_that_was_named(app, checkpoint, monkeypatch, quiet_transformers):
+def test_command_serves_the_model_that_was_named(checkpoint, monkeypatch, quiet_transformers):
     launches = []
     monkeypatch.setattr("gradio.Blocks.launch", lambda self, **options: launches.append((self.title, options)))
     assert app.main(["--model", str(checkpoint), "--port", "7861"]) == 0
     [(title, options)] = launches
     assert title == "tiny · vit-custom"
-    assert options == {"server_port": 7861, **app.LAUNCH_OPTIONS}
+    assert options == {"server_port": 7861, **LAUNCH_OPTIONS}
     assert options["share"] is False  # not None: the environment could share it then
 
 
-def test_port_in_use_is_one_line(app, demo, checkpoint, capsys, quiet_transformers):
+def test_port_in_use_is_one_line(demo, checkpoint, capsys, quiet_transformers):
     assert app.main(["--model", str(checkpoint), "--port", str(demo.server_port)]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.endswith(f"{demo.server_port}-{demo.server_port}): pass another --port")
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "http"])
-def test_impossible_port_is_refused(app, capsys, port):
+def test_impossible_port_is_refused(capsys, port):
     with pytest.raises(SystemExit) as refusal:
         app.main(["--port", port])
     assert refusal.value.code == 2
@@ -523,10 +728,10 @@ def test_space_requires_what_the_project_requires():
     assert [line for line in requirements if f'"{line}"' not in project] == []
 
 
-def test_the_model_that_comes_with_the_demo_is_small_and_whole(app):
-    folder = ROOT / "spaces" / "model"
+def test_the_model_that_comes_with_the_demo_is_small_and_whole():
+    folder = ROOT / "spaces" / "cifar10_vit"
     assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) <= 8e6
-    classifier = app.load_classifier(str(folder))
+    classifier = load_classifier(str(folder))
     assert classifier.model.dtype == torch.float32
     assert "truck" in classifier.labels
     probabilities = classifier.classify(Image.new("RGB", (32, 32), (90, 160, 250)), 10)

@@ -2,13 +2,13 @@
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
-from transformers import pipeline, set_seed
+from transformers import TrainerState, pipeline, set_seed
 
 from model_cards.facts import TrainingRun
 from model_cards.rendering import METRIC_TITLES, write_card
@@ -24,6 +24,7 @@ from trainers.data import (
     TEST,
     TRAIN,
     VALIDATION,
+    Splits,
     collate,
     label_names,
     sample_images,
@@ -81,7 +82,7 @@ def train_classifier(command: TrainingCommand) -> None:
             teacher=Teacher(command.loss, label_names(splits), mean, std, training_args.device, training_args.bf16)
             if command.loss.teacher
             else None,
-            describe=lambda: TrainingRun(**facts(), **latest_evaluation(trainer.state.log_history)),
+            describe=lambda: TrainingRun(**facts(), **latest_evaluation(trainer.state, splits)),
         )
 
     facts_of_model = describe_model(trainer.published_model(), processor) | {"label_names": label_names(splits)}
@@ -134,11 +135,17 @@ def train_classifier(command: TrainingCommand) -> None:
     push(trainer, command.program)
 
 
-def latest_evaluation(log_history: Sequence[Mapping]) -> dict:
-    """Fields of `TrainingRun` from the last evaluation that was logged."""
-    logged = next((entry for entry in reversed(log_history) if "eval_loss" in entry), {})
-    results = {name: logged[f"eval_{name}"] for name in METRIC_TITLES if f"eval_{name}" in logged}
-    return {"results": results, "evaluation_split": VALIDATION} if results else {}
+def latest_evaluation(state: TrainerState, splits: Splits) -> dict:
+    """Fields of `TrainingRun` from an evaluation of the weights as they are, if there was one."""
+    logged = next((entry for entry in reversed(state.log_history) if "eval_loss" in entry), {})
+    if logged.get("step") != state.global_step:
+        return {}
+    return {
+        "results": {name: logged[f"eval_{name}"] for name in METRIC_TITLES if f"eval_{name}" in logged},
+        "evaluation_split": VALIDATION,
+        "evaluation_origin": name_split(splits[VALIDATION], VALIDATION),
+        "split_sizes": {name: len(split) for name, split in splits.items() if isinstance(split, Dataset)},
+    }
 
 
 def take_logits(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:

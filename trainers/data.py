@@ -314,7 +314,12 @@ def _read_image_folder(folder: Path, needs_labels: bool) -> DatasetDict:
         paths = {
             split: [str(path) for paths in by_class.values() for path in paths] for split, by_class in files.items()
         }
-        return DatasetDict({split: Dataset.from_dict({IMAGE: paths[split]}, features=features) for split in files})
+        return DatasetDict(
+            {
+                split: Dataset.from_dict({IMAGE: paths[split]}, features=features, split=datasets.NamedSplit(split))
+                for split in files
+            }
+        )
     names = sorted(files[TRAIN].keys() - {None})
     if not names:
         raise ValueError(
@@ -329,7 +334,8 @@ def _read_image_folder(folder: Path, needs_labels: bool) -> DatasetDict:
             raise ValueError(f"class {unknown[0]!r} of split {split!r} of {str(folder)!r} has no folder in {TRAIN!r}")
         rows = [(str(path), name) for name, paths in by_class.items() for path in paths]
         labels = [-1 if name is None else names.index(name) for _, name in rows]
-        splits[split] = Dataset.from_dict({IMAGE: [path for path, _ in rows], LABEL: labels}, features=features)
+        columns = {IMAGE: [path for path, _ in rows], LABEL: labels}
+        splits[split] = Dataset.from_dict(columns, features=features, split=datasets.NamedSplit(split))
     return DatasetDict(splits)
 
 

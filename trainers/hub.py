@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -26,15 +27,15 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from model_cards.facts import RUN, read_run
-from model_cards.metadata import find_card_errors
-from model_cards.rendering import CARD, FIGURES, merge_cards, render_card
+from model_cards.metadata import find_card_errors, find_pictures, split_card
+from model_cards.rendering import CARD, FIGURES, find_parts, merge_cards, render_card
 
 
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
 PROCESSORS = (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME)
-RECIPE = "recipe.yaml"
+RECIPE, EXAMPLES = "recipe.yaml", "examples/*.png"
 # Nothing else of a folder leaves it: neither checkpoints nor what is pickled.
-PUBLISHED = (*WEIGHTS, *PROCESSORS, CONFIG_NAME, CARD, RUN, RECIPE, "*_results.json", *FIGURES, "examples/*.png")
+PUBLISHED = (*WEIGHTS, *PROCESSORS, CONFIG_NAME, CARD, RUN, RECIPE, "*_results.json", *FIGURES, EXAMPLES)
 # Opens a folder as somebody would who has transformers and nothing of ours, and classifies noise.
 STRANGER = """
 import sys
@@ -44,6 +45,8 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 folder = sys.argv[1]
+# Nobody else has these.
+sys.modules |= dict.fromkeys(("modeling_vit_custom", "model_cards", "trainers"))
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
 classifies = config.architectures and config.architectures[0].endswith("ForImageClassification")
 auto_class = AutoModelForImageClassification if classifies else AutoModel
@@ -86,12 +89,22 @@ def create_repo(destination: Destination) -> str:
     """
     api = HfApi()
     with explain_refusals(destination.repo_id):
-        if get_token() is None:
-            raise RefusedError("there is no token of the Hub: log in by `hf auth login`")
+        check_token(api)
         repo_id = api.create_repo(destination.repo_id, private=destination.private, exist_ok=True).repo_id
+        if destination.private and not api.repo_info(repo_id).private:
+            raise RefusedError(f"{repo_id!r} is there already, and public: nothing was sent")
         if destination.revision != "main":
             api.create_branch(repo_id, branch=destination.revision, exist_ok=True)
     return repo_id
+
+
+def check_token(api: HfApi) -> None:
+    """Raises RefusedError unless there is a token that may write."""
+    if get_token() is None:
+        raise RefusedError("there is no token of the Hub: log in by `hf auth login` or set HF_TOKEN")
+    who = api.whoami()
+    if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise RefusedError(f"your token, of {who['name']!r}, may only read: make one that may write")
 
 
 def upload(folder: Path, destination: Destination, message: str) -> CommitInfo:
@@ -106,20 +119,30 @@ def upload(folder: Path, destination: Destination, message: str) -> CommitInfo:
         RefusedError: if the Hub does not take it.
     """
     api, files = HfApi(), collect_files(folder)
-    with explain_refusals(destination.repo_id):
+    repo_id = destination.repo_id
+    with explain_refusals(repo_id):
         state = api.repo_info(destination.repo_id, revision=destination.revision)
         there = {sibling.rfilename for sibling in state.siblings}
         remote = {name: download(destination.repo_id, name, state.sha) for name in (CARD, RUN) if name in there}
     contents = dict(files)
     try:
-        contents[CARD] = render_for_hub(folder, destination.repo_id, files, remote).encode()
+        card = render_for_hub(folder, destination, files, remote)
     except ValueError as error:
         raise RefusedError(f"the card on the Hub cannot be brought up to date: {error}") from error
+    errors = find_card_errors(card)
+    if errors:
+        raise RefusedError(f"the card, with what stands in that on the Hub, would not be valid: {'; '.join(errors)}")
+    contents[CARD] = card.encode()
     if RECIPE in files:
-        contents[RECIPE] = hide_folders_of_recipe(files[RECIPE].read_text(encoding="utf-8")).encode()
+        recipe = {
+            name: hide_folder(value) if isinstance(value, str) else value
+            for name, value in read_recipe(files[RECIPE]).items()
+        }
+        contents[RECIPE] = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode()
     operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
-    # Weights of another number of shards would be taken for a part of these.
-    stale = [name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in WEIGHTS)]
+    # Weights of another number of shards would be taken for a part of these, and older figures for the new model's.
+    generated = (*WEIGHTS, *FIGURES, EXAMPLES)
+    stale = [name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in generated)]
     operations += [CommitOperationDelete(name) for name in stale]
     with explain_refusals(destination.repo_id):
         return api.create_commit(
@@ -132,12 +155,23 @@ def upload(folder: Path, destination: Destination, message: str) -> CommitInfo:
         )
 
 
+def check_tag(destination: Destination, tag: str) -> None:
+    """Raises RefusedError if a tag is there already, but for that of the newest version."""
+    api, repo_id = HfApi(), destination.repo_id
+    with explain_refusals(repo_id):
+        tags = {each.name: each.target_commit for each in api.list_repo_refs(repo_id).tags}
+        if tag in tags and tags[tag] != api.repo_info(repo_id, revision=destination.revision).sha:
+            raise RefusedError(f"there is a tag {tag!r} already, of another version: choose another one")
+
+
 def add_tag(repo_id: str, tag: str, commit: str) -> None:
     """Raises RefusedError if the tag is at another commit already, or must not be made."""
     api = HfApi()
-    with explain_refusals(repo_id, taken=f"tag {tag!r} of another version"):
+    with explain_refusals(repo_id):
         tags = {each.name: each.target_commit for each in api.list_repo_refs(repo_id).tags}
-        if tags.get(tag) != commit:
+        if tag in tags and tags[tag] != commit:
+            raise RefusedError(f"the new version is there, but tag {tag!r} is of the one before: choose another one")
+        if tag not in tags:
             api.create_tag(repo_id, tag=tag, revision=commit)
 
 
@@ -148,7 +182,7 @@ def add_to_collection(repo_id: str, collection: str) -> str:
         RefusedError: if there is none of that slug, or it is not the user's.
     """
     api = HfApi()
-    with explain_refusals(repo_id):
+    with explain_refusals(collection, kind="collection"):
         slug = collection
         if not re.fullmatch(r"[^/]+/.+-[0-9a-f]{16,24}", collection):
             namespace = repo_id.partition("/")[0]
@@ -159,15 +193,32 @@ def add_to_collection(repo_id: str, collection: str) -> str:
 
 def collect_files(folder: Path) -> dict[str, Path]:
     """What of a folder goes to the Hub, by its name there."""
-    patterns = [*PUBLISHED, *code_files(folder)]
+    patterns = [*PUBLISHED, *code_files(folder), *pictures_of_card(folder)]
     paths = sorted([*folder.glob("*"), *folder.glob("examples/*")])  # a pattern's star takes in slashes as well
     found = {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
     return {name: path for name, path in found.items() if any(fnmatch(name, pattern) for pattern in patterns)}
 
 
+def pictures_of_card(folder: Path) -> list[str]:
+    """Names of the pictures beside a card that somebody put into it."""
+    card = folder / CARD
+    return find_pictures(card.read_text(encoding="utf-8")) if card.is_file() else []
+
+
+def read_json(file: Path) -> dict:
+    """Raises ValueError, naming the file, unless it holds a mapping."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(file)!r} holds no mapping, but {content!r}")
+    return content
+
+
 def code_files(folder: Path) -> list[str]:
     """The Python files that a configuration refers to, and the siblings that these import."""
-    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    config = read_json(folder / CONFIG_NAME)
     references = [reference for reference in config.get("auto_map", {}).values() if isinstance(reference, str)]
     # "user/name--module.Class" lies in another repository.
     names = {reference.partition(".")[0] for reference in references if "--" not in reference}
@@ -186,7 +237,8 @@ def code_files(folder: Path) -> list[str]:
 def check_publishable(folder: Path) -> None:
     """Raises ValueError, naming what is missing or wrong, unless a folder is a complete checkpoint that opens."""
     if not folder.is_dir():
-        raise ValueError(f"there is no folder {str(folder)!r}")
+        is_file = "is a file: give the folder that it is in" if folder.is_file() else "is not there"
+        raise ValueError(f"{str(folder)!r} {is_file}")
     if not (folder / CONFIG_NAME).is_file():
         raise ValueError(f"{str(folder)!r} holds no {CONFIG_NAME}: give a folder that a training run left")
     missing = [name for name in (*code_files(folder), CARD) if not (folder / name).is_file()]
@@ -195,9 +247,18 @@ def check_publishable(folder: Path) -> None:
     weights = find_weights(folder)
     missing += [path.name for path in weights if not path.is_file()]
     if missing:
-        raise ValueError(f"{str(folder)!r} lacks {', '.join(missing)}: save the model and its card once more")
+        how = f"make the card by `python -m model_cards.card {shlex.quote(str(folder))}`"
+        how = how if missing == [CARD] and (folder / RUN).is_file() else "give the folder that a finished run left"
+        raise ValueError(f"{str(folder)!r} lacks {', '.join(missing)}: {how}")
+    for file in collect_files(folder).values():
+        with file.open("rb"):  # what cannot be read is said now
+            pass
     check_weights(weights)
-    errors = find_card_errors((folder / CARD).read_text(encoding="utf-8"))
+    if (folder / RUN).is_file():
+        read_run(folder)
+    if (folder / RECIPE).is_file():
+        read_recipe(folder / RECIPE)
+    errors = find_card_errors((folder / CARD).read_text(encoding="utf-8"), folder)
     if errors:
         raise ValueError(f"the card {str(folder / CARD)!r} is not valid: {'; '.join(errors)}")
     check_opens(folder)
@@ -208,8 +269,10 @@ def find_weights(folder: Path) -> list[Path]:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         return [folder / WEIGHTS[0]]
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [folder / Path(name).name for name in sorted(set(names))]
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{str(index)!r} has no weight_map of tensors and files")
+    return [folder / Path(name).name for name in sorted(set(names.values()))]
 
 
 def check_weights(files: list[Path]) -> None:
@@ -240,7 +303,7 @@ def check_opens(folder: Path) -> None:
         raise ValueError(f"{str(folder)!r} does not open in a fresh process: {last}")
 
 
-def render_for_hub(folder: Path, repo_id: str, files: Collection[str], remote: Mapping[str, Path]) -> str:
+def render_for_hub(folder: Path, destination: Destination, files: Collection[str], remote: Mapping[str, Path]) -> str:
     """A folder's card for its place on the Hub, with what people wrote into the one that is there, or else into this.
 
     Args:
@@ -250,30 +313,50 @@ def render_for_hub(folder: Path, repo_id: str, files: Collection[str], remote: M
     local = (folder / CARD).read_text(encoding="utf-8")
     if not (folder / RUN).is_file():
         return local  # somebody's own: nothing in it is generated
-    run = read_run(folder)
-    card = str(render_card(run, files, hub_id=repo_id))
+    run, repo_id = read_run(folder), destination.repo_id
+    branch = None if destination.revision == "main" else destination.revision
+    card = str(render_card(run, files, hub_id=repo_id, revision=branch))
     card = merge_cards(local, card, generated=str(render_card(run, files)))
     if CARD not in remote:
         return card
-    generated = None
+    there, generated = remote[CARD].read_text(encoding="utf-8"), None
     if RUN in remote:
         with suppress(ValueError):  # of another version, or spoilt by hand
-            generated = str(render_card(read_run(remote[RUN].parent), hub_id=repo_id))
-    return merge_cards(remote[CARD].read_text(encoding="utf-8"), card, generated)
+            generated = str(render_card(read_run(remote[RUN].parent), hub_id=repo_id, revision=branch))
+    merged = merge_cards(there, card, generated)
+    if find_own_words(merged) != find_own_words(card):
+        print(f"The card of {repo_id} keeps the words that it has on the Hub; those in {folder / CARD} stay here.")
+    return merged
+
+
+def find_own_words(card: str) -> str:
+    """What in a card's body is not generated."""
+    body = split_card(card)[1]
+    for part in find_parts(body).values():
+        body = body.replace(part, "")
+    return " ".join(body.split())
 
 
 def download(repo_id: str, name: str, commit: str) -> Path:
     return Path(HfApi().hf_hub_download(repo_id, name, revision=commit))
 
 
-def hide_folders_of_recipe(text: str) -> str:
-    """A recipe without what lies above the folders that it names."""
-    fields = yaml.safe_load(text)
-    hidden = {
-        name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-        for name, value in fields.items()
-    }
-    return yaml.safe_dump(hidden, sort_keys=False, allow_unicode=True)
+def read_recipe(file: Path) -> dict:
+    """Raises ValueError unless it is a mapping in YAML."""
+    try:
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{str(file)!r} is not YAML: {one_line(error)}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{str(file)!r} holds no mapping, but {recipe!r}")
+    return recipe
+
+
+def hide_folder(value: str) -> str:
+    """The last part of a local path: the whole may say more of its owner than of what lies there."""
+    path = Path(value)
+    is_local = path.is_absolute() or value.startswith(("~", "..")) or (len(path.parts) > 1 and path.exists())
+    return path.resolve().name if is_local else value
 
 
 def check_repo_id(name: str) -> None:
@@ -285,38 +368,38 @@ def check_repo_id(name: str) -> None:
 
 
 @contextmanager
-def explain_refusals(repo_id: str, taken: str | None = None) -> Iterator[None]:
-    """Turns what the Hub or the way there answers into `RefusedError`; `taken` is what may be there already."""
+def explain_refusals(repo_id: str, kind: str = "repository") -> Iterator[None]:
+    """Turns what the Hub or the way there answers into `RefusedError`; `kind` is what is asked about."""
     try:
         yield
     except RefusedError:
         raise
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        raise RefusedError(explain(error, repo_id, taken)) from error
+        raise RefusedError(explain(error, repo_id, kind)) from error
 
 
-def explain(error: Exception, repo_id: str, taken: str | None) -> str:
+def explain(error: Exception, repo_id: str, kind: str) -> str:
     # The client wraps what goes wrong with large files and with downloads.
     while isinstance(error, (LocalEntryNotFoundError, RuntimeError)) and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE=1 keeps everything from the Hub: unset it"
     if isinstance(error, HfHubHTTPError) and error.response is not None:
-        return explain_status(error, repo_id, taken)
+        return explain_status(error, repo_id, kind)
     if isinstance(error, ValueError):
         return f"the Hub refuses the card: {one_line(error)}"  # the client's word for what it finds in the metadata
     return f"the connection to the Hub failed ({type(error).__name__}: {one_line(error)})"
 
 
-def explain_status(error: HfHubHTTPError, repo_id: str, taken: str | None) -> str:
+def explain_status(error: HfHubHTTPError, repo_id: str, kind: str) -> str:
     status, said = error.response.status_code, one_line(error.server_message or "")
     reasons = {
         400: "the Hub refuses it",
         401: "the Hub does not know your token: log in by `hf auth login`",
         402: "the Hub wants payment for this, or your quota is used up",
         403: f"your token has no right to write to {repo_id!r}, or your quota is used up",
-        404: f"there is no repository {repo_id!r} or no such revision, or your token may not see it",
-        409: f"{taken or repr(repo_id)} is there already",
+        404: f"there is no {kind} {repo_id!r} or no such revision, or your token may not see it",
+        409: f"{repo_id!r} is there already",
         412: f"somebody else changed {repo_id!r} meanwhile",
         413: "a file is too large for the Hub",
         429: "the Hub asks you to wait: too many requests",

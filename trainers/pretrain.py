@@ -168,7 +168,10 @@ def train_encoder(command: TrainingCommand, arguments: PretrainingArguments) -> 
     count = min(training_args.card_images, NUM_RECONSTRUCTIONS)
     if count:
         rows = show_reconstructions(model, torch.stack(seen[:count]), mean, std)
-        pictures[RECONSTRUCTIONS] = plot_images(rows, ("image", "masked", "reconstructed"))
+        # Trained on normalised patches, a model says nothing of their brightness and contrast.
+        normalised = getattr(model.config, "norm_pix_loss", False) and arguments.objective == "masked_autoencoder"
+        title = "reconstructed\nbut for mean and contrast" if normalised else "reconstructed"
+        pictures[RECONSTRUCTIONS] = plot_images(rows, ("image", "masked", title))
     write_card(output_dir, run, pictures)
     figures = ", ".join([judging or "not judged", *(f"{METRIC_TITLES[name]} {results[name]:.4f}" for name in results)])
     print(f"\n{figures} after {known['wall_time']:.0f} s of training; saved to {output_dir}")

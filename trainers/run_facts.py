@@ -18,8 +18,9 @@ from model_cards.citations import PAPERS
 from model_cards.environment import EnergyMeter, code_commit, describe_hardware, library_versions, peak_memory
 from model_cards.metadata import is_repo_id
 from modeling_vit_custom import ViTCustomConfig, list_presets
-from trainers.arguments import TrainingCommand
+from trainers.arguments import ModelArguments, TrainingCommand
 from trainers.data import BUILT_IN_TITLES
+from trainers.hub import hide_folder
 from trainers.models import read_processor
 from trainers.vit_trainer import ViTTrainer
 
@@ -75,6 +76,7 @@ def gather_facts(command: TrainingCommand, trainer: ViTTrainer) -> dict:
         "name": (args.hub_model_id or Path(args.output_dir).resolve().name).rpartition("/")[-1],
         "license": args.license,
         "preset": model if from_scratch else None,
+        "preset_changes": describe_changes(command.model) if from_scratch else [],
         "ema_decay": args.ema_decay or None,
         "from_scratch": from_scratch,
         **name_origin("base_model", "base_folder", None if from_scratch else model),
@@ -198,17 +200,29 @@ def name_origin(on_hub: str, local: str, name: str | None) -> dict[str, str]:
     return {on_hub: name}
 
 
+def describe_changes(arguments: ModelArguments) -> list[str]:
+    """What of a preset was set otherwise."""
+    size = [] if arguments.image_size is None else [f"image_size={arguments.image_size}"]
+    return [*size, *arguments.config_overrides]
+
+
 def format_command(program: str, argv: Sequence[str], num_processes: int = 1) -> str:
-    """A command line as it may be published."""
+    """A command line as it may be published: without what lies above folders, and where it was pushed to."""
     launcher = "python"
     if num_processes > 1:
         on_each_node = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
         nodes = f"--nnodes {num_processes // on_each_node} " if num_processes > on_each_node else ""
         launcher = f"torchrun {nodes}--nproc_per_node {on_each_node}"
-    return f"{launcher} -m trainers.{program} {shlex.join(map(hide_folders, argv))}"
+    published, is_of_push = [], False
+    for argument in argv:
+        if argument.startswith("--"):
+            is_of_push = argument.startswith(("--push_to_hub", "--hub_"))
+        if not is_of_push:
+            published.append(hide_folders(argument))
+    return f"{launcher} -m trainers.{program} {shlex.join(published)}"
 
 
 def hide_folders(argument: str) -> str:
-    """The last part of an absolute path: the whole may say more of its owner than of what lies there."""
+    """An argument with no more than the last part of a local path."""
     flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-    return f"{flag}{equals}{Path(value).name if Path(value).is_absolute() else value}"
+    return f"{flag}{equals}{hide_folder(value)}"

@@ -149,6 +149,7 @@ class ViTTrainer(Trainer):
         """Makes the repository on the Hub, before anything is trained."""
         if self.is_world_process_zero():
             name = self.args.hub_model_id or Path(self.args.output_dir).resolve().name
+            hub.check_repo_id(name)
             destination = hub.Destination(name, self.args.hub_private_repo, self.args.hub_revision or "main")
             self.destination = replace(destination, repo_id=hub.create_repo(destination))
             self.hub_model_id = self.destination.repo_id
@@ -188,7 +189,9 @@ class ViTTrainer(Trainer):
         """
         self._finish_current_push()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        return _push(Path(self.args.output_dir), self.destination, commit_message)
+        commit = _push(Path(self.args.output_dir), self.destination, commit_message)
+        shutil.rmtree(Path(self.args.output_dir) / PROVISIONAL, ignore_errors=True)
+        return commit
 
     def published_model(self) -> PreTrainedModel:
         """The model with low-rank changes merged, in a copy, or as it is if there are none."""

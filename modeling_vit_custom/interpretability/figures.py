@@ -15,7 +15,6 @@ from torch import Tensor
 HEAD_COLOR, UNIFORM_COLOR = "#0072B2", "#D55E00"
 FONT_SIZE = 8
 MAX_TILES = 16  # along a side
-DARKEST = 0.15  # what is left of a picture where a map is least
 
 
 def plot_filters(components: Tensor, shares: Tensor, columns: int = 7) -> Figure:
@@ -95,7 +94,7 @@ def plot_attention_distance(heads_of_blocks: Sequence[Sequence[float]], even: Se
 def plot_maps(
     images: Sequence[np.ndarray], titles: Sequence[str], maps: Mapping[str, Sequence[Tensor]], width: int = 10
 ) -> Figure:
-    """Draws images, each beside its maps: dark where a map (h, w) is least, or colours (h, w, 3).
+    """Draws images, each beside its maps: from black to yellow, (h, w), or colours, (h, w, 3).
 
     Args:
         images: (H, W, 3) of 8 bits.
@@ -122,15 +121,16 @@ def plot_maps(
 
 
 def overlay(image: np.ndarray, weights: Tensor) -> np.ndarray:
-    """An image (H, W, 3) of 8 bits, the darker the less a map (h, w) says there; of colours (h, w, 3) these alone."""
+    """An image (H, W, 3) of 8 bits in grey under a map (h, w) in colours, or colours (h, w, 3) at its size."""
     size = image.shape[:2]
     if weights.ndim == 3:
         colors = F.interpolate(weights.permute(2, 0, 1)[None].float().cpu(), size, mode="nearest")[0]
         return (255 * colors.permute(1, 2, 0)).round().byte().numpy()
-    light = F.interpolate(weights[None, None].float().cpu(), size, mode="bilinear")[0, 0]
-    light = light - light.amin()
-    light = (light / light.amax().clamp(min=1e-12)).numpy()[..., None]
-    return (image * (DARKEST + (1 - DARKEST) * light)).astype(np.uint8)
+    heat = F.interpolate(weights[None, None].float().cpu(), size, mode="bilinear")[0, 0]
+    heat = heat - heat.amin()
+    heat = (heat / heat.amax().clamp(min=1e-12)).numpy()
+    grey = image.mean(axis=2, keepdims=True)
+    return ((grey + 255 * colormaps["inferno"](heat)[..., :3]) / 2).astype(np.uint8)
 
 
 def plot_sizes(probabilities: Mapping[int, Tensor], native: int, titles: Sequence[str]) -> Figure:

@@ -1,0 +1,83 @@
+"""What strangers send: only files that were uploaded here are opened, and only images within limits."""
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image, ImageOps
+
+
+MAX_FILE_BYTES = 10 * 1024**2
+# Pillow warns above 89 megapixels and refuses above 179. A phone camera's 50 megapixels pass here.
+MAX_PIXELS = 64_000_000
+# What a JPEG can hold. Resizing an image of 1 x 60,000,000 pixels takes 10 GB.
+MAX_SIDE = 65_535
+# A short list, because some of Pillow's readers do more than read: EPS starts Ghostscript.
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
+
+NOT_UPLOADED = "Upload the image itself: neither a path on the server nor an address is accepted."
+NOT_AN_IMAGE = "This file cannot be read as an image. Use an intact JPEG, PNG, WebP, GIF or BMP file."
+TOO_LARGE = f"The file is larger than {MAX_FILE_BYTES // 1024**2} MB. Use a smaller one."
+TOO_MANY_PIXELS = f"The image has more than {MAX_PIXELS // 10**6} megapixels or is too long. Use a smaller one."
+NO_IMAGE = "Choose an image first."
+
+
+def refuse(sentence: str) -> gr.Error:
+    """What a visitor reads instead of an answer."""
+    return gr.Error(sentence, print_exception=False)
+
+
+def require_upload(path: Any, upload_folder: Path) -> Path:
+    """The resolved path of a file that was uploaded here; any other is refused, and not repeated to the caller."""
+    try:
+        resolved = Path(path).resolve()
+        if resolved.is_relative_to(upload_folder.resolve()) and resolved.is_file():
+            return resolved
+    except (OSError, TypeError, ValueError):  # a link to itself, a number, a null byte
+        pass
+    raise refuse(NOT_UPLOADED)
+
+
+def open_upload(payload: dict[str, Any] | None, upload_folder: Path) -> Image.Image:
+    """Open an uploaded image, as gradio's payload names it, in RGB, turned the way its camera was held."""
+    if payload is None:
+        raise refuse(NO_IMAGE)
+    file = require_upload(payload["path"], upload_folder)
+    if file.stat().st_size > MAX_FILE_BYTES:
+        raise refuse(TOO_LARGE)
+    try:
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
+            # Only the header has been read so far.
+            if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
+                raise Image.DecompressionBombError
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise refuse(TOO_MANY_PIXELS) from error
+    except (OSError, SyntaxError, ValueError, struct.error) as error:  # all that Pillow raised on 290,000 damaged files
+        raise refuse(NOT_AN_IMAGE) from error
+
+
+def named_paths(payload: Any) -> Iterator[Any]:
+    """Every `path` in a JSON payload, at any depth."""
+    if isinstance(payload, dict):
+        if payload.get("path") is not None:
+            yield payload["path"]
+        payload = list(payload.values())
+    if isinstance(payload, list):
+        for value in payload:
+            yield from named_paths(value)
+
+
+class UploadsOnlyBlocks(gr.Blocks):
+    """Blocks that accept a file only if it was uploaded here.
+
+    Before a function runs, gradio checks the files that a payload names only if the payload marks them as files, and it
+    downloads every address that a payload names, whatever its size. This looks at a payload before gradio does.
+    """
+
+    def validate_inputs(self, block_fn: Any, inputs: list[Any]) -> None:
+        super().validate_inputs(block_fn, inputs)
+        for path in named_paths(inputs):
+            require_upload(path, Path(self.GRADIO_CACHE))
