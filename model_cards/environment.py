@@ -52,8 +52,9 @@ def code_commit() -> str | None:
         describe = ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
         result = subprocess.run(describe, cwd=folder, capture_output=True, text=True, timeout=20)
         # Installed beside somebody's own code, this would be the commit of that.
-        known = subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=folder, capture_output=True)
-    except OSError:
+        listed = ["git", "ls-files", "--error-unmatch", __file__]
+        known = subprocess.run(listed, cwd=folder, capture_output=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip() if result.returncode == 0 and known.returncode == 0 else None
 

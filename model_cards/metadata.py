@@ -4,6 +4,7 @@ https://huggingface.co/docs/hub/model-cards and https://github.com/huggingface/h
 """
 
 import math
+import posixpath
 import re
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def find_card_errors(text: str, folder: Path | None = None) -> list[str]:
         folder: Where the files lie that the card refers to; without it they are not looked for.
     """
     try:
-        metadata, body = split_card(text)
+        metadata, _ = split_card(text)
     except ValueError as error:
         return [str(error)]
     errors = [f"{name} is missing" for name in ("library_name", "pipeline_tag", "tags") if not metadata.get(name)]
@@ -135,9 +136,30 @@ def find_card_errors(text: str, folder: Path | None = None) -> list[str]:
     if not all(isinstance(source, str) for source in sources):
         errors.append("a widget example has no src")
     elif folder is not None:
-        files = [name for name in [*sources, *find_pictures(body)] if "://" not in name]
-        errors += [f"{name} is not there" for name in dict.fromkeys(files) if not (folder / name).is_file()]
+        for name in find_files_of_card(text):
+            if not is_beside(name):
+                errors.append(f"{name} is not beside the card")
+            elif not (folder / name).is_file():
+                errors.append(f"{name} is not there")
     return errors
+
+
+def find_files_of_card(text: str) -> list[str]:
+    """The local files that a card shows, as it names them: pictures and widget examples.
+
+    Raises:
+        ValueError: if the metadata are not a mapping in YAML.
+    """
+    metadata, body = split_card(text)
+    widgets = metadata.get("widget") or []
+    names = [widget.get("src") for widget in widgets if isinstance(widget, dict)] + find_pictures(body)
+    names = [posixpath.normpath(name) for name in names if isinstance(name, str) and "://" not in name]
+    return list(dict.fromkeys(names))
+
+
+def is_beside(name: str) -> bool:
+    """Whether the name of a file, normalised, leads no further up than the card's folder."""
+    return not name.startswith(("/", "..", "~"))
 
 
 def find_pictures(body: str) -> list[str]:
@@ -166,10 +188,10 @@ def _find_index_errors(index: list[dict]) -> list[str]:
     for entry in index:
         if not entry.get("name"):
             errors.append("model-index has an entry without a name")
-        for result in entry.get("results") or []:
-            if not isinstance(result, dict) or not all(
-                isinstance(result.get(name), dict | None) for name in ("task", "dataset")
-            ):
+        results = entry.get("results") or []
+        for result in results if isinstance(results, list) else [results]:
+            kinds = {"task": dict | None, "dataset": dict | None, "metrics": list | None}
+            if not isinstance(result, dict) or not all(isinstance(result.get(name), kinds[name]) for name in kinds):
                 errors.append(f"model-index has a result that is no mapping of task, dataset and metrics: {result}")
                 continue
             dataset = result.get("dataset") or {}

@@ -137,7 +137,7 @@ def render_card(
         in_folder=hub_id is None,
         where=f', revision="{revision}"' if revision else "",
         trust=", trust_remote_code=True" if run.model_type == "vit_custom" else "",
-        has_decoder=run.objective == "masked_autoencoder",
+        has_decoder=run.objective is not None,
         classifies=run.task == CLASSIFICATION,
         columns=[escape_markdown(column) for column in next(iter(run.stages), ())],
         stages=[[escape_markdown(str(value)) for value in stage.values()] for stage in run.stages],
@@ -183,8 +183,13 @@ def merge_cards(old: str, new: str, generated: str | None = None) -> str:
             else:
                 old_body = old_body.replace(parts[before], f"{parts[before]}\n\n{part}")
         before = name
-    text = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True, width=math.inf)
-    return f"---\n{text}---\n\n{old_body.strip()}\n"
+    return join_card(merged, old_body)
+
+
+def join_card(metadata: Mapping, body: str) -> str:
+    """The inverse of `split_card`."""
+    text = yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, width=math.inf)
+    return f"---\n{text}---\n\n{body.strip()}\n"
 
 
 def merge_metadata(old: Mapping, new: Mapping, generated: Mapping) -> dict:
@@ -280,7 +285,7 @@ def _describe_model(run: TrainingRun) -> str:
 def _describe_progress(run: TrainingRun) -> str | None:
     if run.step is None or run.max_steps is None:
         return None
-    return f"Training goes on: these are the weights of step {run.step:,} of {run.max_steps:,}."
+    return f"These are the weights of step {run.step:,} of {run.max_steps:,}: training had not ended."
 
 
 def _describe_evaluation(run: TrainingRun) -> str:

@@ -27,10 +27,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         classifiers = [load_classifier(model, arguments.trust_remote_code, revision)]
         classifiers += [load_classifier(each, arguments.trust_remote_code) for each in arguments.compare]
+        demo = build_demo(classifiers, describe_version())
     except UnusableModelError as error:
         print(f"app.py: error: {error}", file=sys.stderr)
         return 2
-    demo = build_demo(classifiers, describe_version())
     try:
         demo.launch(server_port=arguments.port, **LAUNCH_OPTIONS)
     except OSError as error:

@@ -33,6 +33,7 @@ from modeling_vit_custom.interpretability import (
     leaves_map,
     position_similarity,
     principal_filters,
+    to_pixels,
 )
 from modeling_vit_custom.interpretability.figures import (
     overlay,
@@ -87,9 +88,9 @@ class Classifier:
         return self.name_likeliest(logits, top_k)
 
     @torch.inference_mode()
-    def classify_at(self, image: Image.Image, side: int, top_k: int) -> dict[str, float]:
-        """The same for the image at another size, `side` x `side` pixels."""
-        return self.name_likeliest(self.transparent(self.prepare(image, side)).logits[0].float(), top_k)
+    def classify_at(self, image: Image.Image, size: tuple[int, int], top_k: int) -> dict[str, float]:
+        """The same for the image at another size (H, W)."""
+        return self.name_likeliest(self.transparent(self.prepare(image, size)).logits[0].float(), top_k)
 
     def name_likeliest(self, logits: Tensor, top_k: int) -> dict[str, float]:
         if self.model.config.problem_type == "multi_label_classification":
@@ -99,30 +100,35 @@ class Classifier:
         values, indices = probabilities.topk(min(top_k, len(self.labels)))
         return {self.labels[index]: value for index, value in zip(indices.tolist(), values.tolist(), strict=True)}
 
-    def prepare(self, image: Image.Image, side: int | None = None) -> Tensor:
-        """An image as the model takes it, (1, C, H, W); `side` is for another size than its own."""
+    def prepare(self, image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
+        """An image as the model takes it, (1, C, H, W); a size (H, W) is for another one than its own."""
         options = {}
-        if side is not None:
+        if size is not None:
             image = image.crop(self.find_frame(image))
-            options = {"size": {"height": side, "width": side}, "do_center_crop": False}
+            options = {"size": {"height": size[0], "width": size[1]}, "do_center_crop": False}
         pixels = self.image_processor(images=image, return_tensors="pt", **options)["pixel_values"]
-        return pixels.to(self.model.device)
+        return pixels.to(self.model.device, self.model.dtype)
 
     def find_frame(self, image: Image.Image) -> tuple[int, int, int, int]:
         """The box of an image that the model sees: all of it, or the middle that its processor cuts out."""
-        size = dict(self.image_processor.size)
-        if not getattr(self.image_processor, "do_center_crop", False) or "shortest_edge" not in size:
+        if not getattr(self.image_processor, "do_center_crop", False):
             return (0, 0, image.width, image.height)
-        crop, scale = dict(self.image_processor.crop_size), min(image.size) / size["shortest_edge"]
-        width, height = (min(whole, crop[side] * scale) for whole, side in zip(image.size, ("width", "height")))
-        left, top = (image.width - width) / 2, (image.height - height) / 2
-        return tuple(round(edge) for edge in (left, top, left + width, top + height))
+        size, crop = dict(self.image_processor.size), dict(self.image_processor.crop_size)
+        shorter = min(image.size)
+        edges = []
+        for side, name in zip(image.size, ("width", "height")):
+            scale = shorter / size["shortest_edge"] if "shortest_edge" in size else side / size[name]
+            seen = min(side, crop[name] * scale)
+            edges.append(((side - seen) / 2, (side + seen) / 2))
+        (left, right), (top, bottom) = edges
+        return tuple(round(edge) for edge in (left, top, right, bottom))
 
     # ---------------------------------------------------------------------------------------------------------- maps
 
-    @property
-    def native_side(self) -> int:
-        return min(self.transparent.config.native_size)
+    def size_at(self, scale: float) -> tuple[int, int]:
+        """The model's own size (H, W) in pixels, times a number."""
+        height, width = self.transparent.config.native_size
+        return round(height * scale), round(width * scale)
 
     @property
     def has_positions(self) -> bool:
@@ -148,7 +154,7 @@ class Classifier:
         layer: int,
         head: int,
         label: str | None = None,
-        side: int | None = None,
+        size: tuple[int, int] | None = None,
     ) -> Image.Image:
         """The image in grey, and over it from black to yellow how much each part counts.
 
@@ -158,9 +164,9 @@ class Classifier:
             layer: From 1, for the methods in `BY_LAYER`.
             head: From 1, for attention; 0 is the mean over all heads.
             label: What is to be explained: by default the likeliest class.
-            side: For another size than the model's own, in pixels.
+            size: (H, W) in pixels, if not the model's own.
         """
-        pixels, model = self.prepare(image, side), self.transparent
+        pixels, model = self.prepare(image, size), self.transparent
         classes = None if label is None else torch.tensor([self.labels.index(label)], device=pixels.device)
         if method == GRAD_CAM:
             weights = grad_cam(model, pixels, classes)[0][0]
@@ -173,6 +179,7 @@ class Classifier:
         else:
             heads = attention_map(model, pixels, layer - 1)[0]
             weights = heads[head - 1] if head else heads.mean(dim=0)
+        weights = to_pixels(model, weights[None], tuple(pixels.shape[2:]))[0]
         return Image.fromarray(overlay(frame_to_show(image.crop(self.find_frame(image))), weights))
 
     # -------------------------------------------------------------------------------------------------------- learnt
@@ -181,11 +188,13 @@ class Classifier:
         """Figures 7 left, centre and right of the ViT paper, as far as they have a meaning; drawn once."""
         if not self.learnt:
             model = self.transparent
-            self.learnt["filters"] = to_image(plot_filters(*principal_filters(model)))
+            drawn = {"filters": to_image(plot_filters(*principal_filters(model)))}
             if has_positions(model):
-                self.learnt["positions"] = to_image(plot_position_similarity(position_similarity(model)))
-            distance = attention_distance(model, (self.prepare(photograph) for photograph in photographs))
-            self.learnt["distance"] = to_image(plot_attention_distance(distance.heads, distance.uniform))
+                drawn["positions"] = to_image(plot_position_similarity(position_similarity(model)))
+            if photographs:
+                distance = attention_distance(model, (self.prepare(photograph) for photograph in photographs))
+                drawn["distance"] = to_image(plot_attention_distance(distance.heads, distance.uniform))
+            self.learnt.update(drawn)
         return self.learnt
 
 
@@ -232,12 +241,15 @@ def load_classifier(model: str, trust_remote_code: bool = False, revision: str |
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
         raise UnusableModelError(f"{model!r} is no trained classifier, it lacks {missing}: {expected}")
     network = network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    transparent = make_transparent(network)
+    # One copy of the weights is enough, but a converted Swin differs where its windows do not fill the grid.
+    is_same = transparent is not None and network.config.model_type != "swin"
     return Classifier(
         name=Path(model).resolve().name if is_folder else model,
-        model=network,
+        model=transparent if is_same else network,
         image_processor=image_processor,
         labels=labels,
-        transparent=make_transparent(network),
+        transparent=transparent,
         card=find_card(model, revision),
         address=None if is_folder else f"https://huggingface.co/{model}",
     )

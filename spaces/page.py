@@ -8,23 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from classifier import ATTENTION, BY_LAYER, Classifier
+from classifier import ATTENTION, BY_LAYER, GRAD_CAM, ROLLOUT, Classifier, UnusableModelError
 from PIL import Image
-from uploads import MAX_FILE_BYTES, NO_IMAGE, UploadsOnlyBlocks, open_upload, refuse
+from starlette.middleware import Middleware
+from uploads import MAX_FILE_BYTES, NO_IMAGE, UploadsOnlyBlocks, WithoutSideDoors, open_upload, refuse
 
 
 try:
     from spaces import GPU  # Hugging Face's ZeroGPU, where a function gets a GPU for as long as it runs
 except ImportError:
 
-    def GPU(function):
-        return function
+    def GPU(duration):
+        return lambda function: function
 
 
 EXAMPLES = sorted((Path(__file__).parent / "examples").glob("*.png"))
 MAX_TOP_K = 20
 MAX_WAITING = 64
 LIKELIEST = "the most likely class"
+# Whatever opens an image or runs a model waits in one line.
+ONE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "model"}
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 PAPERS = {
     "ViT": "2010.11929",
@@ -32,9 +35,11 @@ PAPERS = {
     "PVT": "2102.12122",
     "Swin": "2103.14030",
 }
-METHODS = """\
-**Grad-CAM** and the **gradient-weighted** maps show what speaks for a class. **Attention rollout** follows attention
-through all layers, whatever the class. **Attention** is what one head of one layer looks at."""
+METHODS = {
+    GRAD_CAM: "and the gradient-weighted maps show what speaks for a class.",
+    ROLLOUT: "follows attention through all layers, whatever the class.",
+    ATTENTION: "is what one head of one layer looks at, or all of them on average.",
+}
 
 CSS = """
 .gradio-container { width: 100%; max-width: 72rem !important; margin: 0 auto !important; }
@@ -64,12 +69,23 @@ LAUNCH_OPTIONS = {
     "max_file_size": MAX_FILE_BYTES,
     "share": False,
     "show_error": False,
+    "app_kwargs": {"middleware": [Middleware(WithoutSideDoors)]},
 }
 
 
 def build_demo(classifiers: Sequence[Classifier], version: str = "vit-custom") -> gr.Blocks:
-    """The page; launch it with LAUNCH_OPTIONS. The first classifier is shown, the others can be compared with it."""
+    """The page; launch it with LAUNCH_OPTIONS. The first classifier is shown, the others can be compared with it.
+
+    Raises:
+        UnusableModelError: if some cannot be compared.
+    """
     first = classifiers[0]
+    if len(classifiers) > 1:
+        for each in classifiers:
+            if each.transparent is None:
+                raise UnusableModelError(f"{each.name!r} is no ViT, DeiT, PVT or Swin: it cannot be compared")
+        if len({each.name for each in classifiers}) < len(classifiers):
+            raise UnusableModelError(f"two models are called {first.name!r}: rename the folder of one")
     # Uploads are looked for every hour and deleted when they are an hour old.
     with UploadsOnlyBlocks(title=f"{first.name} · vit-custom", delete_cache=(3600, 3600)) as demo:
         gr.HTML(introduction(first), elem_id="introduction")
@@ -84,15 +100,16 @@ def build_demo(classifiers: Sequence[Classifier], version: str = "vit-custom") -
                         buttons=["fullscreen"],
                     )
                     button = gr.Button("Classify", variant="primary")
-                    if EXAMPLES:
-                        gr.Examples([[str(file)] for file in EXAMPLES], image_input, elem_id="examples")
+                    examples = find_examples(first)
+                    if examples:
+                        gr.Examples([[str(file)] for file in examples], image_input, elem_id="examples")
                 with gr.Column(min_width=280, scale=3), gr.Tabs():
                     with gr.Tab("Classes"):
-                        answer = add_classes(demo, first, image_input, button)
+                        add_classes(demo, first, image_input, button)
                     if first.methods:
                         with gr.Tab("What it looks at"):
                             add_explanation(demo, first, image_input, button)
-                    if any(each.transparent is not None for each in classifiers):
+                    if first.transparent is not None:
                         with gr.Tab("Compare"):
                             add_comparison(demo, classifiers, image_input)
             if first.transparent is not None:
@@ -102,20 +119,19 @@ def build_demo(classifiers: Sequence[Classifier], version: str = "vit-custom") -
                 with gr.Tab("Card") as tab:
                     add_card(first, tab)
         gr.HTML(about(first, version), elem_id="about")
-        image_input.clear(lambda: None, outputs=answer, api_visibility="private")
-    # One image at a time, a bounded number of visitors waiting, and no way around the queue.
+    # A bounded number of visitors waiting, and no way around the queue.
     return demo.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------- tabs
 
 
-def add_classes(demo: gr.Blocks, classifier: Classifier, image_input: gr.Image, button: gr.Button) -> gr.Label:
+def add_classes(demo: gr.Blocks, classifier: Classifier, image_input: gr.Image, button: gr.Button):
     most = min(MAX_TOP_K, len(classifier.labels))
     answer = gr.Label(label="Most likely classes")
     top_k_input = gr.Slider(1, most, value=min(5, most), step=1, label="Classes to show")
 
-    @GPU
+    @GPU(duration=10)
     def classify(image: dict[str, Any] | None, top_k: float) -> dict[str, float]:
         """Classify an uploaded image: its most likely classes with their probabilities, the most likely first."""
         if image is None:
@@ -127,11 +143,10 @@ def add_classes(demo: gr.Blocks, classifier: Classifier, image_input: gr.Image, 
         return None if image is None else classify(image, top_k)
 
     # Without preprocess=False, gradio opens and decodes the image before our limits are looked at.
-    event = {"inputs": [image_input, top_k_input], "outputs": answer, "preprocess": False}
-    gr.on([image_input.upload, button.click], classify, api_name="classify", **event)
-    # An example is a change without an upload.
+    event = {"inputs": [image_input, top_k_input], "outputs": answer, "preprocess": False, **ONE_AT_A_TIME}
+    button.click(classify, api_name="classify", **event)
+    # An upload, an example and none are changes alike.
     gr.on([image_input.change, top_k_input.release], classify_again, api_visibility="private", **event)
-    return answer
 
 
 def add_explanation(demo: gr.Blocks, classifier: Classifier, image_input: gr.Image, button: gr.Button):
@@ -151,9 +166,10 @@ def add_explanation(demo: gr.Blocks, classifier: Classifier, image_input: gr.Ima
         interactive=False,
         buttons=["fullscreen"],
     )
-    gr.Markdown(METHODS, elem_classes="note")
+    words = [f"**{method}** {METHODS[method]}" for method in classifier.methods if method in METHODS]
+    gr.Markdown(" ".join(words), elem_classes="note")
 
-    @GPU
+    @GPU(duration=10)
     def explain(image: dict[str, Any] | None, method: str, label: str, layer: float, head: float) -> Image.Image:
         """What a prediction rests on: the image in grey, and over it from black to yellow how much it counts.
 
@@ -172,32 +188,43 @@ def add_explanation(demo: gr.Blocks, classifier: Classifier, image_input: gr.Ima
     def explain_again(image: dict[str, Any] | None, *options: Any) -> Image.Image | None:
         return None if image is None else explain(image, *options)
 
-    def fit(method: str, layer: float, head: float) -> tuple[dict, dict]:
+    def explain_quietly(*inputs: Any) -> Image.Image | None:
+        """What is wrong with an image is said once, where it is classified."""
+        try:
+            return explain_again(*inputs)
+        except gr.Error:
+            return None
+
+    def fit(method: str, layer: float, head: float) -> tuple[dict, dict, dict]:
         """Only what a method heeds can be moved, and no further than there are heads."""
         most = heads[int(layer) - 1] if layer in range(1, len(heads) + 1) else 1
         attends = method == ATTENTION
         return (
             gr.update(interactive=method in BY_LAYER and len(heads) > 1),
             gr.update(interactive=attends and most > 1, maximum=max(1, most), value=min(head, most) if attends else 0),
+            gr.update(interactive=method not in (ROLLOUT, ATTENTION)),
         )
 
     inputs = [image_input, method_input, label_input, layer_input, head_input]
-    event = {"inputs": inputs, "outputs": shown, "preprocess": False}
-    button.click(explain, api_name="explain", **event)
-    triggers = [image_input.change, label_input.input, head_input.release]
-    gr.on(triggers, explain_again, api_visibility="private", **event)
+    event = {"inputs": inputs, "outputs": shown, "preprocess": False, **ONE_AT_A_TIME}
+    gr.on([image_input.change, button.click], explain_quietly, api_visibility="private", **event)
+    gr.Button(visible=False).click(explain, api_name="explain", **event)  # the endpoint
+    gr.on([label_input.input, head_input.release], explain_again, api_visibility="private", **event)
     gr.on(
         [method_input.input, layer_input.release],
         fit,
         [method_input, layer_input, head_input],
-        [layer_input, head_input],
+        [layer_input, head_input, label_input],
         api_visibility="private",
     ).then(explain_again, api_visibility="private", **event)
 
 
 def add_comparison(demo: gr.Blocks, classifiers: Sequence[Classifier], image_input: gr.Image):
-    names = {each.name: each for each in classifiers if each.transparent is not None}
-    gr.Markdown("The same image seen by two models, or by one at two sizes.", elem_classes="note")
+    names = {each.name: each for each in classifiers}
+    patch = max(each.transparent.config.stages[0].patch_size for each in classifiers)
+    scales = [scale for scale in SCALES if min(min(each.size_at(scale)) for each in classifiers) >= patch]
+    what = "by two models, at their own size or another." if len(names) > 1 else "at two sizes."
+    gr.Markdown(f"The same image seen {what}", elem_classes="note")
     sides = []
     for default in (1.0, 1.5):
         with gr.Row(equal_height=False):
@@ -206,7 +233,7 @@ def add_comparison(demo: gr.Blocks, classifiers: Sequence[Classifier], image_inp
                 model_input = gr.Dropdown(list(names), value=model, label="Model", visible=len(names) > 1)
                 scale = 1.0 if len(names) > 1 else default
                 size_input = gr.Dropdown(
-                    [(describe_scale(each, names.values()), each) for each in SCALES], value=scale, label="Size"
+                    [(describe_scale(each, classifiers), each) for each in scales], value=scale, label="Size"
                 )
                 answer = gr.Label(label="Most likely classes", num_top_classes=3)
             with gr.Column(min_width=160):
@@ -214,7 +241,7 @@ def add_comparison(demo: gr.Blocks, classifiers: Sequence[Classifier], image_inp
         sides.append(([model_input, size_input], [answer, shown]))
     button = gr.Button("Compare", variant="primary")
 
-    @GPU
+    @GPU(duration=10)
     def compare(
         image: dict[str, Any] | None, model_a: str, scale_a: float, model_b: str, scale_b: float
     ) -> tuple[dict[str, float], Image.Image, dict[str, float], Image.Image]:
@@ -224,12 +251,12 @@ def add_comparison(demo: gr.Blocks, classifiers: Sequence[Classifier], image_inp
         opened, results = open_upload(image, Path(demo.GRADIO_CACHE)), []
         for model, scale in ((model_a, scale_a), (model_b, scale_b)):
             require_choice(model, list(names), "model")
-            require_choice(scale, SCALES, "size")
+            require_choice(scale, scales, "size")
             classifier = names[model]
-            side = round(classifier.native_side * scale)
-            results.append(classifier.classify_at(opened, side, 3))
+            size = classifier.size_at(scale)
+            results.append(classifier.classify_at(opened, size, 3))
             method, last = classifier.methods[0], len(classifier.heads)
-            results.append(classifier.explain(opened, method, last, 0, side=side))
+            results.append(classifier.explain(opened, method, last, 0, size=size))
         return tuple(results)
 
     button.click(
@@ -238,6 +265,7 @@ def add_comparison(demo: gr.Blocks, classifiers: Sequence[Classifier], image_inp
         [*sides[0][1], *sides[1][1]],
         api_name="compare",
         preprocess=False,
+        **ONE_AT_A_TIME,
     )
 
 
@@ -247,24 +275,26 @@ def add_learnt(classifier: Classifier, tab: gr.Tab):
             gr.Markdown("### Filters\nWhat the first layer looks for in a patch, as principal components.")
             filters = gr.Image(show_label=False, interactive=False, buttons=["fullscreen"])
         with gr.Column(min_width=420, visible=classifier.has_positions):
-            gr.Markdown("### Positions\nHow alike the position of each patch is to all others: near ones are.")
+            gr.Markdown(
+                "### Positions\nHow alike the position of each patch is to all others: most of all to those around it."
+            )
             positions = gr.Image(
                 label="Position similarity", show_label=False, interactive=False, buttons=["fullscreen"]
             )
         with gr.Column(min_width=420):
             gr.Markdown(
-                "### Attention distance\nHow far each head looks on average. Low ones look at their neighbourhood, as "
+                "### Attention distance\nHow far each head looks on average. A low one sees only what is near, as "
                 "convolutions do."
             )
             distance = gr.Image(show_label=False, interactive=False, buttons=["fullscreen"])
 
-    @GPU
+    @GPU(duration=10)
     def learnt(progress: gr.Progress = gr.Progress()) -> tuple[Image.Image | None, ...]:  # noqa: B008 (gradio's way)
-        photographs = [Image.open(file).convert("RGB") for file in progress.tqdm(EXAMPLES, desc="Reading examples")]
-        drawn = classifier.draw_learnt(photographs)
+        files = [] if classifier.learnt else progress.tqdm(find_examples(classifier), desc="Reading examples")
+        drawn = classifier.draw_learnt([Image.open(file).convert("RGB") for file in files])
         return tuple(drawn.get(name) for name in ("filters", "positions", "distance"))
 
-    tab.select(learnt, outputs=[filters, positions, distance], api_visibility="private")
+    tab.select(learnt, outputs=[filters, positions, distance], api_visibility="private", **ONE_AT_A_TIME)
 
 
 def add_card(classifier: Classifier, tab: gr.Tab):
@@ -293,10 +323,12 @@ def read_card(folder: Path) -> str:
 def introduction(classifier: Classifier) -> str:
     shown = ", ".join(classifier.labels[:MAX_TOP_K])
     rest = ", …" if len(classifier.labels) > MAX_TOP_K else ""
+    is_transparent = classifier.transparent is not None
+    more = " See what it takes an image for, what that rests on, and what it learnt." if is_transparent else ""
     return (
         "<h1>What is in this image?</h1>"
-        f"<p>A Vision Transformer tells {len(classifier.labels):,} classes apart: {html.escape(shown)}{rest}. See what"
-        " it takes an image for, what that rests on, and what it learnt.</p>"
+        f"<p>A {'Vision Transformer' if is_transparent else 'model'} tells {len(classifier.labels):,} classes apart:"
+        f" {html.escape(shown)}{rest}.{more}</p>"
     )
 
 
@@ -310,11 +342,17 @@ def about(classifier: Classifier, version: str) -> str:
 
 
 def describe_scale(scale: float, classifiers: Sequence[Classifier]) -> str:
-    sides = {classifier.native_side for classifier in classifiers}
-    if len(sides) == 1:
-        side = round(sides.pop() * scale)
-        return f"{side} x {side} pixels"
+    sizes = {classifier.size_at(scale) for classifier in classifiers}
+    if len(sizes) == 1:
+        return "{} x {} pixels".format(*sizes.pop())
     return "its own" if scale == 1 else f"{scale:g} times its own"
+
+
+def find_examples(classifier: Classifier) -> list[Path]:
+    """Images that fit a model: its own, beside its card, or those of this folder, if it knows their classes."""
+    if {file.stem for file in EXAMPLES} <= set(classifier.labels):
+        return EXAMPLES
+    return [] if classifier.card is None else sorted((classifier.card / "examples").glob("*.png"))
 
 
 # -------------------------------------------------------------------------------------------------------------- checks

@@ -89,6 +89,7 @@ def assemble(folder: Path, model: str) -> None:
     """
     for file in (file for pattern in OWN_FILES for file in FOLDER.glob(pattern)):
         copy(file, folder / file.relative_to(FOLDER))
+    copy(FOLDER.parent / "LICENSE", folder / "LICENSE")
     for file in PACKAGE.rglob("*.py"):
         copy(file, folder / PACKAGE.name / file.relative_to(PACKAGE))
     made_of, front_matter = {"commit": find_commit()}, {}
@@ -96,6 +97,8 @@ def assemble(folder: Path, model: str) -> None:
         hub.check_publishable(Path(model))
         load_classifier(model)
         made_of["model"] = Path(model).resolve().name
+        if (folder / made_of["model"]).exists():
+            raise ValueError(f"a folder called {made_of['model']!r} is a part of the demo: rename that of the model")
         for name, file in hub.collect_files(Path(model)).items():
             copy(file, folder / made_of["model"] / name)
     else:
@@ -125,6 +128,8 @@ def upload(folder: Path, repo_id: str, private: bool | None) -> str:
     with hub.explain_refusals(repo_id):
         hub.check_token(api)
         url = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
+        if private and not api.repo_info(url.repo_id, repo_type="space").private:
+            raise hub.RefusedError(f"Space {url.repo_id!r} is there already, and public: nothing was sent")
         api.upload_folder(
             repo_id=url.repo_id,
             folder_path=folder,

@@ -1,5 +1,6 @@
 """What strangers send: only files that were uploaded here are opened, and only images within limits."""
 
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 from PIL import Image, ImageOps
+from starlette.responses import PlainTextResponse
 
 
 MAX_FILE_BYTES = 10 * 1024**2
@@ -14,6 +16,8 @@ MAX_FILE_BYTES = 10 * 1024**2
 MAX_PIXELS = 64_000_000
 # What a JPEG can hold. Resizing an image of 1 x 60,000,000 pixels takes 10 GB.
 MAX_SIDE = 65_535
+# Models that want a shorter side of some length would make a strip of 1 x 60,000 pixels many times as large.
+MAX_ASPECT = 32
 # A short list, because some of Pillow's readers do more than read: EPS starts Ghostscript.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 
@@ -22,6 +26,7 @@ NOT_AN_IMAGE = "This file cannot be read as an image. Use an intact JPEG, PNG, W
 TOO_LARGE = f"The file is larger than {MAX_FILE_BYTES // 1024**2} MB. Use a smaller one."
 TOO_MANY_PIXELS = f"The image has more than {MAX_PIXELS // 10**6} megapixels or is too long. Use a smaller one."
 NO_IMAGE = "Choose an image first."
+DELETED = "This image was deleted, as all are after an hour. Upload it again."
 
 
 def refuse(sentence: str) -> gr.Error:
@@ -31,13 +36,16 @@ def refuse(sentence: str) -> gr.Error:
 
 def require_upload(path: Any, upload_folder: Path) -> Path:
     """The resolved path of a file that was uploaded here; any other is refused, and not repeated to the caller."""
+    sentence = NOT_UPLOADED
     try:
         resolved = Path(path).resolve()
-        if resolved.is_relative_to(upload_folder.resolve()) and resolved.is_file():
-            return resolved
+        if resolved.is_relative_to(upload_folder.resolve()):
+            if resolved.is_file():
+                return resolved
+            sentence = NOT_UPLOADED if resolved.exists() else DELETED
     except (OSError, TypeError, ValueError):  # a link to itself, a number, a null byte
         pass
-    raise refuse(NOT_UPLOADED)
+    raise refuse(sentence)
 
 
 def open_upload(payload: dict[str, Any] | None, upload_folder: Path) -> Image.Image:
@@ -50,13 +58,32 @@ def open_upload(payload: dict[str, Any] | None, upload_folder: Path) -> Image.Im
     try:
         with Image.open(file, formats=IMAGE_FORMATS) as image:
             # Only the header has been read so far.
-            if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
+            strip = max(image.size) > MAX_SIDE or max(image.size) > MAX_ASPECT * min(image.size)
+            if strip or image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             return ImageOps.exif_transpose(image).convert("RGB")
     except Image.DecompressionBombError as error:
         raise refuse(TOO_MANY_PIXELS) from error
     except (OSError, SyntaxError, ValueError, struct.error) as error:  # all that Pillow raised on 290,000 damaged files
         raise refuse(NOT_AN_IMAGE) from error
+
+
+class WithoutSideDoors:
+    """Answers 404 to what gradio offers and this page does not need.
+
+    It would run ffmpeg on whatever is posted as a recording, and fetch any address that is asked for as a file.
+    """
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
+        path = scope.get("path", "")
+        is_closed = path.endswith("/process_recording") or re.search(r"/file=\s*https?:", path, re.IGNORECASE)
+        if scope["type"] == "http" and is_closed:
+            await PlainTextResponse("Not found", status_code=404)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
 
 def named_paths(payload: Any) -> Iterator[Any]:

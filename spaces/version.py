@@ -33,7 +33,7 @@ def find_commit() -> str | None:
     command = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except OSError:
+    except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip() if result.returncode == 0 else None
 

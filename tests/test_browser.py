@@ -40,13 +40,17 @@ def address(tmp_path_factory):
         port = free.getsockname()[1]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "GRADIO_TEMP_DIR": str(tmp_path_factory.mktemp("uploads"))}
     command = [sys.executable, str(ROOT / "spaces" / "app.py"), "--port", str(port)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    said = tmp_path_factory.mktemp("demo") / "log.txt"
+    with said.open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     for _ in range(600):
         time.sleep(0.2)
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, said.read_text()
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 break
+    else:
+        raise AssertionError("the demo did not start")
     yield f"http://127.0.0.1:{port}"
     process.terminate()
     process.communicate(timeout=60)
@@ -152,7 +156,9 @@ def test_a_bad_file_gets_a_sentence(open_page, tmp_path):
     (tmp_path / "letter.png").write_text("Dear Sir or Madam")
     page = open_page()
     upload(page, tmp_path / "letter.png")
-    expect(page.get_by_text("This file cannot be read as an image.").first).to_be_visible()
+    expect(page.get_by_text("This file cannot be read as an image.")).to_have_count(1)
+    page.wait_for_timeout(1000)
+    expect(page.get_by_text("This file cannot be read as an image.")).to_have_count(1)
     keep(page, "bad_file")
     choose_example(page, 8)
     expect(likeliest(page)).to_have_text(re.compile("ship"))
@@ -161,7 +167,7 @@ def test_a_bad_file_gets_a_sentence(open_page, tmp_path):
 def test_no_image_gets_a_sentence(open_page):
     page = open_page()
     page.get_by_role("button", name="Classify").click()
-    expect(page.get_by_text("Choose an image first.").first).to_be_visible()
+    expect(page.get_by_text("Choose an image first.")).to_have_count(1)
 
 
 def test_maps_follow_method_layer_and_head(open_page):
@@ -180,12 +186,15 @@ def test_maps_follow_method_layer_and_head(open_page):
     move_right(head)
     one = explanation(page, mean)
     keep(page, "attention_of_a_head")
-    page.get_by_role("combobox", name="What speaks for").click()
-    page.get_by_role("option", name="dog").click()
+    speaks_for = page.get_by_role("combobox", name="What speaks for")
+    expect(speaks_for).to_be_disabled()
     page.get_by_role("combobox", name="Method").click()
     page.get_by_role("option", name="Gradient-weighted attention").click()
     expect(head).to_be_disabled()
-    explanation(page, one)
+    likeliest_class = explanation(page, one)
+    speaks_for.click()
+    page.get_by_role("option", name="dog").click()
+    explanation(page, likeliest_class)
 
 
 def test_two_sizes_are_compared(open_page):

@@ -20,7 +20,7 @@ from transformers import ViTImageProcessor
 
 from model_cards.facts import TrainingRun
 from model_cards.metadata import split_card
-from model_cards.rendering import write_card
+from model_cards.rendering import render_card, write_card
 from modeling_vit_custom import ViTCustomForImageClassification
 from trainers.hub import (
     Destination,
@@ -430,29 +430,43 @@ def test_figures_of_an_older_model_leave(hub, folder):
 
 
 def test_a_picture_of_ones_own_goes_along(hub, folder):
-    shutil.copy(folder / "confusion_matrix.png", folder / "mine.png")
-    with (folder / "README.md").open("a") as card:
-        card.write("\n![Mine](mine.png) ![Not mine](../../secret.png) ![Far](https://x.org/a.png)\n")
-    assert set(collect_files(folder)) == PUBLISHED | {"mine.png"}
+    (folder / "pictures").mkdir()
+    for name in ("mine.png", "pictures/a[1].png"):
+        shutil.copy(folder / "confusion_matrix.png", folder / name)
+    shutil.copy(folder / "confusion_matrix.png", folder.parent / "secret.png")
+    card = (folder / "README.md").read_text()
+    own = "![Mine](./mine.png) ![Too](pictures/a[1].png) ![Far](https://x.org/a.png)"
+    (folder / "README.md").write_text(f"{card}\n{own}\n")
+    assert set(collect_files(folder)) == PUBLISHED | {"mine.png", "pictures/a[1].png"}
+    check_publishable(folder)
+    for stranger in ("../secret.png", str(folder.parent / "secret.png"), "*"):
+        (folder / "README.md").write_text(f"{card}\n![Not mine]({stranger})\n")
+        assert set(collect_files(folder)) == PUBLISHED
+        with pytest.raises(ValueError, match=re.escape(f"{stranger} is not ")):
+            check_publishable(folder)
+
+
+def test_pictures_that_people_put_on_the_hub_stay(hub, folder):
+    send(folder)
+    HfApi().upload_file(path_or_fileobj=b"png", path_in_repo="examples/theirs.png", repo_id=REPO)
+    send(folder)
+    assert hub.files(REPO).keys() == PUBLISHED | {"examples/theirs.png"}
 
 
 def test_words_go_along_until_there_are_some_on_the_hub(hub, folder, capsys):
-    with (folder / "README.md").open("a") as card:
-        card.write("\nWritten here.\n")
     send(folder)
-    assert "Written here." in hub.files(REPO)["README.md"].decode()
-    assert "keeps the words" not in capsys.readouterr().out
-    card = (folder / "README.md").read_text().replace("Written here.", "Written here later.")
-    (folder / "README.md").write_text(card)
-    send(folder)
-    assert "Written here." in hub.files(REPO)["README.md"].decode()
-    assert f"The card of {REPO} keeps the words that it has on the Hub" in capsys.readouterr().out
+    for words in ("Written here.", "Written here later."):
+        (folder / "README.md").write_text(str(render_card(RUN, PUBLISHED)) + f"\n{words}\n")
+        send(folder)
+        assert "Written here." in hub.files(REPO)["README.md"].decode()
+        assert ("keeps the words" in capsys.readouterr().out) == (words == "Written here later.")
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda folder: (folder / "run.json").write_text("{"), "run.json' holds no facts"),
+        (lambda folder: (folder / "run.json").write_text('{"name": "x", "stages": [1]}'), "run.json' holds no facts"),
         (lambda folder: (folder / "recipe.yaml").write_text("- a"), "recipe.yaml' holds no mapping"),
         (lambda folder: (folder / "recipe.yaml").write_text("{a: ["), "recipe.yaml' is not YAML"),
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json' holds no mapping"),
@@ -477,6 +491,7 @@ def test_what_cannot_be_published_is_said_before_anybody_is_asked(hub, folder, c
         (["--tag", "bad tag~^"], "--tag 'bad tag~\\^' is no name that git allows"),
         (["--revision", "my branch"], "--revision 'my branch' is no name that git allows"),
         (["--revision", ""], "--revision '' is no name"),
+        (["--revision", "refs/pr/1"], "--revision 'refs/pr/1' is no name"),
         (["--message", ""], "--message is empty"),
         (["--create_pr", "--tag", "v1"], "--tag v1 names what is there: not with --create_pr"),
     ],

@@ -26,14 +26,16 @@ from modeling_vit_custom.interpretability import (
     predict_at_sizes,
     principal_filters,
     score_map,
+    to_pixels,
 )
 from modeling_vit_custom.interpretability.attention import (
     iterate_attention,
     iterate_gradients,
     merge_windows,
     split_windows,
+    spread,
 )
-from modeling_vit_custom.modeling_vit_custom import WindowAttention
+from modeling_vit_custom.modeling_vit_custom import Attention, WindowAttention
 
 
 def classifier(architecture, **fields):
@@ -195,8 +197,9 @@ def test_rollout_is_the_product_of_the_blocks(architecture, pooling):
     first, second = (each.mean(dim=1) for each in model(images, output_attentions=True).attentions)
     identity, prefix = torch.eye(first.shape[-1]), model.config.num_prefix_tokens
     joint = (second + identity) / 2 @ ((first + identity) / 2)
-    # A distilled model's class and distillation token both have a head.
-    rows = joint[:, :prefix].mean(dim=1) if pooling == "cls" else joint[:, prefix:].mean(dim=1)
+    rows = joint[:, 0] if pooling == "cls" else joint[:, prefix:].mean(dim=1)
+    if architecture == "deit":  # whose distillation token has a head as well
+        rows = (rows + joint[:, 1]) / 2
     expected = rows[:, prefix:] / rows[:, prefix:].sum(dim=1, keepdim=True)
     torch.testing.assert_close(attention_rollout(model, images).flatten(1), expected)
 
@@ -236,12 +239,51 @@ def test_gradient_attention_is_what_autograd_says(architecture, size):
 
 @pytest.mark.parametrize("passes", [iterate_attention, partial(iterate_gradients, classes=None)])
 def test_the_weights_of_one_block_at_a_time_are_there(architecture, passes):
-    model, kept = classifier(architecture), []
-    for _, weights, *_ in passes(model, random_images()):
-        kept.append(weakref.ref(weights))
-        assert sum(reference() is not None for reference in kept) == 1
-        del weights, _
+    model, kept, most = classifier(architecture), [], []
+    attend = Attention.attend
+
+    def watch(self, *args, **kwargs):
+        most.append(sum(reference() is not None for reference in kept))
+        attended, weights = attend(self, *args, **kwargs)
+        if weights is not None:
+            kept.append(weakref.ref(weights))
+        return attended, weights
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Attention, "attend", watch)
+        for _, weights, *rest in passes(model, random_images()):
+            del weights, rest
     assert len(kept) == model.config.num_hidden_layers
+    assert max(most) == 0
+
+
+def test_without_a_class_token_to_read_attention_is_that_of_the_patches():
+    model, images = classifier("vit", pooling="mean", num_register_tokens=2), random_images()
+    weights = model(images, output_attentions=True).attentions[-1]
+    found = attention_map(model, images, -1)
+    torch.testing.assert_close(found.flatten(2), weights[:, :, 3:, 3:].mean(dim=2))
+
+
+@pytest.mark.parametrize(("ratio", "grid"), [(8, (42, 28)), (4, (10, 9)), (2, (3, 4))])
+def test_reduced_keys_belong_to_the_patches_that_made_them(ratio, grid):
+    keys = torch.rand(2, 3, -(-grid[0] // ratio), -(-grid[1] // ratio))
+    spread_out = spread(keys, ratio, grid)
+    assert spread_out.shape[2:] == grid
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            torch.testing.assert_close(spread_out[:, :, row, column], keys[:, :, row // ratio, column // ratio])
+
+
+def test_a_patch_that_reaches_beyond_the_image_keeps_its_place(architecture):
+    model, size = classifier(architecture), (40, 36)
+    for grid in model.model.feature_grids(size):
+        stride = 32 // model.model.feature_grids((32, 32))[model.model.feature_grids(size).index(grid)][0]
+        maps = torch.rand(2, *grid)
+        pixels = to_pixels(model, maps, size, is_smooth=False)
+        assert pixels.shape == (2, *size)
+        for row, column in ((0, 0), (39, 35), (stride - 1, stride), (17, 33)):
+            torch.testing.assert_close(pixels[:, row, column], maps[:, row // stride, column // stride])
+        assert to_pixels(model, maps, size).shape == (2, *size)
 
 
 @pytest.mark.parametrize("architecture", ["pvt", "swin"])

@@ -114,6 +114,22 @@ def test_neighbours_follow_their_image():
     np.testing.assert_array_equal(drawn(panels[2]), GREY // 4)
 
 
+class OnAnotherDevice(torch.Tensor):
+    """As one on a GPU, it has no array before it is brought to the CPU."""
+
+    def numpy(self, **options):
+        raise TypeError("can't convert device tensor to numpy")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_figures_of_a_gpus_tensors_are_drawn():
+    plot_filters(torch.rand(2, 3, 4, 4).as_subclass(OnAnotherDevice), torch.ones(2))
+    plot_position_similarity(torch.rand(2, 2, 2, 2).as_subclass(OnAnotherDevice))
+    overlay(GREY, torch.rand(4, 4).as_subclass(OnAnotherDevice))
+
+
 # ------------------------------------------------------------------------------------------------------------- command
 
 
@@ -170,6 +186,12 @@ def test_another_size_is_looked_at(photos, tmp_path):
     # 6 x 6 patches of 8 pixels.
     centres = torch.cartesian_prod(torch.arange(6.0), torch.arange(6.0)) * 8
     assert report["even_attention_distance"][0] == pytest.approx(torch.cdist(centres, centres).mean().item(), rel=1e-5)
+
+
+def test_sizes_that_are_less_than_a_patch_are_left_out(photos, tmp_path):
+    model = tiny_model(ViTCustomForImageClassification, "vit", patch_size=32)
+    files, _ = run(save(model, tmp_path / "model"), photos, tmp_path / "out")
+    assert "sizes.png" in files
 
 
 def test_an_encoder_has_no_predictions_to_explain(photos, tmp_path):

@@ -289,7 +289,7 @@ def test_unknown_facts_are_absent(tmp_path):
         ({"from_scratch": True}, "classifies images, trained from scratch."),
         ({"base_folder": "pretrained"}, "classifies images, fine-tuned from the local checkpoint pretrained."),
         ({"ema_decay": 0.999}, "classifies images, with weights averaged over training (decay 0.999)."),
-        ({"step": 20, "max_steps": 1000}, "Training goes on: these are the weights of step 20 of 1,000."),
+        ({"step": 20, "max_steps": 1000}, "These are the weights of step 20 of 1,000: training had not ended."),
         (
             {"calibration": [(10, 0.9, 0.75)]},
             "It is more confident than right: mean confidence is 90.0%, 15.0 points above accuracy.",

@@ -56,7 +56,7 @@ def test_every_checkpoint_leaves_a_repository_that_opens(hub, tmp_path):
     assert re.fullmatch(r"Training in progress, step [24]", commit.title)
     step = int(commit.title[-1])
     files = hub.files(REPO)
-    assert f"these are the weights of step {step} of 4" in files["README.md"].decode()
+    assert f"These are the weights of step {step} of 4" in files["README.md"].decode()
     assert {"modeling_vit_custom.py", "preprocessor_config.json", "config.json"} <= files.keys()
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pth")) or "checkpoint" in name]
     # The averages, not the weights to go on from.

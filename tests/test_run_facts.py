@@ -62,6 +62,10 @@ def test_preprocessing_is_told_as_it_is_done():
         "Images are resized to a shorter side of 256 pixels (bilinear), cropped to the middle 224 x 224, "
         "scaled to 0..1."
     )
+    larger = ViTImageProcessor(
+        size={"height": 256, "width": 256}, do_center_crop=True, crop_size={"height": 224, "width": 224}, resample=None
+    )
+    assert "resized to 256 x 256 pixels, cropped to the middle 224 x 224, scaled" in describe_preprocessing(larger)
 
 
 def test_commands_of_many_processes_say_how_they_were_started(monkeypatch):
@@ -72,11 +76,9 @@ def test_commands_of_many_processes_say_how_they_were_started(monkeypatch):
 
 
 def test_figures_are_those_of_the_weights_beside_them():
-    labels = {"image": [], "label": []}
-    splits = DatasetDict(
-        train=Dataset.from_dict(labels, split=NamedSplit("train")),
-        validation=Dataset.from_dict(labels, split=NamedSplit("train")),
-    )
+    # Whose only split is called so, as some are on the Hub; a part of it was held out.
+    rows = Dataset.from_dict({"image": [], "label": []}, split=NamedSplit("full"))
+    splits = DatasetDict(train=rows, validation=rows)
     logged = [{"eval_loss": 1.0, "eval_accuracy": 0.5, "step": 20}, {"loss": 2.0, "step": 23}]
     found = latest_evaluation(TrainerState(global_step=20, log_history=logged), splits)
     assert found["results"] == {"accuracy": 0.5, "loss": 1.0}

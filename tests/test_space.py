@@ -30,6 +30,7 @@ from modeling_vit_custom.interpretability import (
     grad_cam,
     gradient_attention,
     gradient_rollout,
+    to_pixels,
 )
 from modeling_vit_custom.interpretability.figures import overlay
 
@@ -58,6 +59,7 @@ from classifier import (  # noqa: E402
 )
 from page import LAUNCH_OPTIONS, build_demo  # noqa: E402
 from uploads import (  # noqa: E402
+    DELETED,
     MAX_FILE_BYTES,
     NO_IMAGE,
     NOT_AN_IMAGE,
@@ -266,6 +268,10 @@ def save_pillows_own_pixel_bomb(path):
     Image.new("1", (20_000, 20_000)).save(path)
 
 
+def save_thin_strip(path):
+    Image.new("1", (1_000, 20)).save(path)
+
+
 def save_long_strip(path):
     Image.new("1", (70_000, 1)).save(path)
 
@@ -280,6 +286,7 @@ def save_long_strip(path):
         (save_pixel_bomb, TOO_MANY_PIXELS),
         (save_pillows_own_pixel_bomb, TOO_MANY_PIXELS),
         (save_long_strip, TOO_MANY_PIXELS),
+        (save_thin_strip, TOO_MANY_PIXELS),
     ],
 )
 def test_unfit_file_gets_one_sentence(client, tmp_path, save, sentence):
@@ -354,6 +361,20 @@ def test_function_behind_the_slider_opens_only_uploads(demo, upload_folder, serv
     assert call(demo, None, 2, function="classify_again")[0]
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["process_recording", "file=http://127.0.0.1:9/x", "file=HTTPS://x.org/a.png", "file=http%3A//127.0.0.1:9/x"],
+)
+def test_side_doors_are_closed(demo, path):
+    body = b"" if path == "process_recording" else None
+    assert request(f"{demo.local_api_url}{path}", body) == (404, "Not found")
+
+
+def test_an_image_that_was_deleted_is_asked_for_again(demo, upload_folder):
+    success, output = call(demo, {"path": str(upload_folder / "gone.png")}, 3)
+    assert (success, output["error"]) == (False, DELETED)
+
+
 def test_image_inside_the_payload_is_refused(demo):
     success, output = call(demo, {"url": "data:image/png;base64,iVBORw0KGgo="}, 3)
     assert (success, output["error"]) == (False, NOT_UPLOADED)
@@ -408,9 +429,10 @@ def file(tmp_path):
 @pytest.mark.parametrize("method", [GRAD_CAM, ROLLOUT, GRADIENT_ROLLOUT, GRADIENT_ATTENTION, ATTENTION])
 def test_a_map_is_laid_over_the_image(client, checkpoint, file, method):
     classifier = load_classifier(str(checkpoint))
-    found = shown(client.predict(file, method, "cat", 2, 1, api_name="/explain"))
+    least = list(classifier.classify(picture(64, 48), 5))[-1]
+    found = shown(client.predict(file, method, least, 2, 1, api_name="/explain"))
     pixels, model = classifier.prepare(picture(64, 48)), classifier.transparent
-    wanted = torch.tensor([LABELS.index("cat")])
+    wanted = torch.tensor([LABELS.index(least)])
     maps = {
         GRAD_CAM: lambda: grad_cam(model, pixels, wanted)[0][0],
         ROLLOUT: lambda: attention_rollout(model, pixels)[0],
@@ -419,7 +441,7 @@ def test_a_map_is_laid_over_the_image(client, checkpoint, file, method):
         ATTENTION: lambda: attention_map(model, pixels, 1)[0, 0],
     }
     seen = picture(64, 48).resize((320, 240), Image.Resampling.NEAREST)
-    expected = overlay(np.asarray(seen), maps[method]()).astype(int)
+    expected = overlay(np.asarray(seen), to_pixels(model, maps[method]()[None], (16, 16))[0]).astype(int)
     assert found.shape == expected.shape
     assert np.abs(found - expected).mean() < 4  # it travels as a compressed picture
     assert found.std() > 5
@@ -472,7 +494,7 @@ def test_two_sizes_are_compared(client, checkpoint, file):
     first, seen, second, seen_again = client.predict(file, "tiny", 1.0, "tiny", 2.0, api_name="/compare")
     classifier = load_classifier(str(checkpoint))
     assert answered_probabilities(first) == pytest.approx(classifier.classify(picture(64, 48), 3), abs=1e-5)
-    expected = classifier.classify_at(picture(64, 48), 32, 3)
+    expected = classifier.classify_at(picture(64, 48), (32, 32), 3)
     assert answered_probabilities(second) == pytest.approx(expected, abs=1e-5)
     assert answered_probabilities(first) != pytest.approx(answered_probabilities(second), abs=1e-3)
     assert shown(seen).shape == shown(seen_again).shape == (240, 320, 3)
@@ -541,11 +563,48 @@ def test_what_a_processor_cuts_off_is_not_shown():
     image = picture(200, 100)
     frame = classifier.find_frame(image)
     assert frame == (60, 10, 140, 90)
-    whole, same_size = classifier.prepare(image), classifier.prepare(image, 32)
+    whole, same_size = classifier.prepare(image), classifier.prepare(image, (32, 32))
     squeezed = classifier.image_processor(
         image, size={"height": 32, "width": 32}, do_center_crop=False, return_tensors="pt"
     )["pixel_values"]
     assert (whole - same_size).abs().mean() < 0.1 < 0.4 < (whole - squeezed).abs().mean()
+
+
+def test_the_frame_of_a_processor_that_squeezes_and_cuts():
+    processor = ViTImageProcessor(
+        size={"height": 256, "width": 256}, do_center_crop=True, crop_size={"height": 224, "width": 224}
+    )
+    classifier = Classifier("name", None, processor, tuple(LABELS))
+    assert classifier.find_frame(Image.new("RGB", (1024, 512))) == (64, 32, 960, 480)
+
+
+def test_models_that_cannot_be_compared_are_named(checkpoint, tmp_path):
+    first = load_classifier(str(checkpoint))
+    with pytest.raises(UnusableModelError, match="two models are called 'tiny'"):
+        build_demo([first, first])
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=5)
+    other = save_classifier(transformers.ResNetForImageClassification(config), tmp_path / "resnet")
+    with pytest.raises(UnusableModelError, match="'resnet' is no ViT, DeiT, PVT or Swin"):
+        build_demo([first, other])
+
+
+def test_weights_of_half_precision_are_used_as_they_are(checkpoint, tmp_path):
+    network = ViTForImageClassification.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    classifier = save_classifier(network, tmp_path / "half")
+    assert classifier.model.dtype == torch.bfloat16
+    assert sum(classifier.classify(picture(), 5).values()) == pytest.approx(1, abs=1e-2)
+    assert classifier.explain(picture(), GRAD_CAM, 1, 0).size == (320, 160)
+
+
+def test_examples_are_of_the_models_own_kind(checkpoint, tmp_path):
+    assert page.find_examples(load_classifier(str(checkpoint))) == []
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    (folder / "README.md").write_text("# Mine")
+    (folder / "examples").mkdir()
+    picture().save(folder / "examples" / "1.png")
+    assert page.find_examples(load_classifier(str(folder))) == [folder / "examples" / "1.png"]
+    own = load_classifier(str(ROOT / "spaces" / "cifar10_vit"))
+    assert [file.stem for file in page.find_examples(own)] == sorted(own.labels)
 
 
 def test_a_card_is_shown_with_its_figures(tmp_path):
@@ -570,7 +629,7 @@ def test_a_card_is_shown_with_its_figures(tmp_path):
 
 def test_page_names_model_parameters_and_version(demo, checkpoint):
     _, text = request(f"{demo.local_url}config")
-    count = sum(parameter.numel() for parameter in ViTForImageClassification.from_pretrained(checkpoint).parameters())
+    count = load_classifier(str(checkpoint)).model.num_parameters()
     assert f"tiny · {count:,} parameters · {describe_version()}" in json.loads(text)["components"][-1]["props"]["value"]
     assert "5 classes apart: ant, bee, cat, dog, eel." in text
     assert str(checkpoint) not in text

@@ -119,14 +119,14 @@ def train_classifier(command: TrainingCommand) -> None:
         split_sizes=({} if command.data.streaming else {TRAIN: len(labels)})
         | {name: len(prediction.label_ids) for name, prediction in predictions.items()},
         evaluation_split=reported,
-        evaluation_origin=name_split(splits[reported], reported),
+        evaluation_origin=name_split(splits, reported),
         results={name: results[name] for name in METRIC_TITLES if name in results},
         confusion_matrix=count_confusions(judged.predictions, judged.label_ids),
         calibration=calibration_bins(judged.predictions, judged.label_ids),
         examples=write_examples(output_dir, splits[reported], min(count, NUM_EXAMPLES)),
     )
     write_recipe(output_dir / "recipe.yaml", command.given)
-    write_card(output_dir, run, pictures)
+    write_card(output_dir, run, pictures, keep_edits=bool(training_args.resume_from_checkpoint))
     print(
         f"\n{reported} accuracy {results['accuracy']:.2%} after {known['wall_time']:.0f} s of training; "
         f"saved to {output_dir}"
@@ -143,7 +143,7 @@ def latest_evaluation(state: TrainerState, splits: Splits) -> dict:
     return {
         "results": {name: logged[f"eval_{name}"] for name in METRIC_TITLES if f"eval_{name}" in logged},
         "evaluation_split": VALIDATION,
-        "evaluation_origin": name_split(splits[VALIDATION], VALIDATION),
+        "evaluation_origin": name_split(splits, VALIDATION),
         "split_sizes": {name: len(split) for name, split in splits.items() if isinstance(split, Dataset)},
     }
 

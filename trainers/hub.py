@@ -27,15 +27,15 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from model_cards.facts import RUN, read_run
-from model_cards.metadata import find_card_errors, find_pictures, split_card
-from model_cards.rendering import CARD, FIGURES, find_parts, merge_cards, render_card
+from model_cards.metadata import find_card_errors, find_files_of_card, is_beside, split_card
+from model_cards.rendering import CARD, FIGURES, find_parts, join_card, merge_cards, render_card
 
 
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
 PROCESSORS = (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME)
 RECIPE, EXAMPLES = "recipe.yaml", "examples/*.png"
 # Nothing else of a folder leaves it: neither checkpoints nor what is pickled.
-PUBLISHED = (*WEIGHTS, *PROCESSORS, CONFIG_NAME, CARD, RUN, RECIPE, "*_results.json", *FIGURES, EXAMPLES)
+PUBLISHED = (*WEIGHTS, *PROCESSORS, CONFIG_NAME, CARD, "LICENSE*", RUN, RECIPE, "*_results.json", *FIGURES, EXAMPLES)
 # Opens a folder as somebody would who has transformers and nothing of ours, and classifies noise.
 STRANGER = """
 import sys
@@ -102,8 +102,13 @@ def check_token(api: HfApi) -> None:
     """Raises RefusedError unless there is a token that may write."""
     if get_token() is None:
         raise RefusedError("there is no token of the Hub: log in by `hf auth login` or set HF_TOKEN")
-    who = api.whoami()
-    if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
+    try:
+        who = api.whoami()
+    except HfHubHTTPError as error:
+        if error.response is not None and (error.response.status_code == 429 or error.response.status_code >= 500):
+            return  # it is asked for by too many; what comes next may work all the same
+        raise
+    if ((who.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
         raise RefusedError(f"your token, of {who['name']!r}, may only read: make one that may write")
 
 
@@ -141,8 +146,9 @@ def upload(folder: Path, destination: Destination, message: str) -> CommitInfo:
         contents[RECIPE] = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode()
     operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
     # Weights of another number of shards would be taken for a part of these, and older figures for the new model's.
-    generated = (*WEIGHTS, *FIGURES, EXAMPLES)
-    stale = [name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in generated)]
+    generated = (*WEIGHTS, *FIGURES, *examples_of(remote))
+    stale = {name for name in there - files.keys() if any(fnmatch(name, pattern) for pattern in generated)}
+    stale -= {*find_files_of_card(card)}
     operations += [CommitOperationDelete(name) for name in stale]
     with explain_refusals(destination.repo_id):
         return api.create_commit(
@@ -193,16 +199,25 @@ def add_to_collection(repo_id: str, collection: str) -> str:
 
 def collect_files(folder: Path) -> dict[str, Path]:
     """What of a folder goes to the Hub, by its name there."""
-    patterns = [*PUBLISHED, *code_files(folder), *pictures_of_card(folder)]
+    patterns = [*PUBLISHED, *code_files(folder)]
     paths = sorted([*folder.glob("*"), *folder.glob("examples/*")])  # a pattern's star takes in slashes as well
     found = {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
-    return {name: path for name, path in found.items() if any(fnmatch(name, pattern) for pattern in patterns)}
+    chosen = {name: path for name, path in found.items() if any(fnmatch(name, pattern) for pattern in patterns)}
+    # And the pictures that somebody put into the card.
+    card, own = folder / CARD, []
+    if card.is_file():
+        with suppress(ValueError):  # one that cannot be read is refused elsewhere
+            own = find_files_of_card(card.read_text(encoding="utf-8"))
+    return chosen | {name: folder / name for name in own if is_beside(name) and (folder / name).is_file()}
 
 
-def pictures_of_card(folder: Path) -> list[str]:
-    """Names of the pictures beside a card that somebody put into it."""
-    card = folder / CARD
-    return find_pictures(card.read_text(encoding="utf-8")) if card.is_file() else []
+def examples_of(remote: Mapping[str, Path]) -> list[str]:
+    """The example images that a run published, as far as its facts on the Hub say so."""
+    if RUN not in remote:
+        return []
+    with suppress(ValueError):
+        return list(read_run(remote[RUN].parent).examples or {})
+    return []
 
 
 def read_json(file: Path) -> dict:
@@ -242,7 +257,9 @@ def check_publishable(folder: Path) -> None:
     if not (folder / CONFIG_NAME).is_file():
         raise ValueError(f"{str(folder)!r} holds no {CONFIG_NAME}: give a folder that a training run left")
     missing = [name for name in (*code_files(folder), CARD) if not (folder / name).is_file()]
-    if not any((folder / name).is_file() for name in PROCESSORS):
+    # timm's models keep in their configuration how images are prepared.
+    is_of_timm = read_json(folder / CONFIG_NAME).get("model_type") == "timm_wrapper"
+    if not is_of_timm and not any((folder / name).is_file() for name in PROCESSORS):
         missing.append(IMAGE_PROCESSOR_NAME)
     weights = find_weights(folder)
     missing += [path.name for path in weights if not path.is_file()]
@@ -255,7 +272,10 @@ def check_publishable(folder: Path) -> None:
             pass
     check_weights(weights)
     if (folder / RUN).is_file():
-        read_run(folder)
+        try:
+            render_card(read_run(folder))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{str(folder / RUN)!r} holds no facts of a run: {error}") from error
     if (folder / RECIPE).is_file():
         read_recipe(folder / RECIPE)
     errors = find_card_errors((folder / CARD).read_text(encoding="utf-8"), folder)
@@ -321,9 +341,12 @@ def render_for_hub(folder: Path, destination: Destination, files: Collection[str
         return card
     there, generated = remote[CARD].read_text(encoding="utf-8"), None
     if RUN in remote:
-        with suppress(ValueError):  # of another version, or spoilt by hand
+        with suppress(AttributeError, KeyError, TypeError, ValueError):  # of another version, or spoilt by hand
             generated = str(render_card(read_run(remote[RUN].parent), hub_id=repo_id, revision=branch))
     merged = merge_cards(there, card, generated)
+    words = find_own_words(there)
+    if not words or (generated is not None and words == find_own_words(generated)):
+        return join_card(split_card(merged)[0], split_card(card)[1])  # nobody has written there
     if find_own_words(merged) != find_own_words(card):
         print(f"The card of {repo_id} keeps the words that it has on the Hub; those in {folder / CARD} stay here.")
     return merged
@@ -356,7 +379,7 @@ def hide_folder(value: str) -> str:
     """The last part of a local path: the whole may say more of its owner than of what lies there."""
     path = Path(value)
     is_local = path.is_absolute() or value.startswith(("~", "..")) or (len(path.parts) > 1 and path.exists())
-    return path.resolve().name if is_local else value
+    return Path(os.path.abspath(path.expanduser())).name if is_local else value
 
 
 def check_repo_id(name: str) -> None:

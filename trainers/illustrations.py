@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import torch
 from datasets import Dataset, Image, IterableDataset
 from matplotlib.figure import Figure
@@ -20,6 +21,7 @@ from modeling_vit_custom.interpretability import (
     position_similarity,
     principal_filters,
     score_map,
+    to_pixels,
 )
 from modeling_vit_custom.interpretability.figures import plot_filters, plot_maps, plot_position_similarity
 from modeling_vit_custom.modeling_vit_custom import ViTCustomPreTrainedModel
@@ -60,15 +62,16 @@ def illustrate(
         wrong = np.flatnonzero(taken != labels)
         groups = {"drawn at random": drawn[:count], "most sure and wrong": wrong[np.argsort(-sureness[wrong])][:count]}
         encoded = split.cast_column(IMAGE, Image(decode=False))
-        images = {row: decode(encoded[int(row)][IMAGE]) for row in [*drawn, *groups["most sure and wrong"]]}
+        # One after the other: photographs are large.
+        rows = dict.fromkeys([*drawn, *groups["most sure and wrong"]])
+        pixels = {row: prepare(processor, decode(encoded[int(row)][IMAGE])) for row in rows}
     else:
         readable = sample_images(split, max(count, NUM_MEASURED))
         drawn = np.arange(len(readable))
         groups = {"the first ones": drawn[:count]}
-        images = {row: image for row, (image, _) in enumerate(readable)}
+        pixels = {row: prepare(processor, image) for row, (image, _) in enumerate(readable)}
         labels = np.array([label for _, label in readable])
     _, mean, std = read_processor(processor)
-    pixels = {row: processor(image, return_tensors="pt")["pixel_values"][0] for row, image in images.items()}
     figures, facts = {}, {}
     if count:
         shown = {row: to_arrays(pixels[row][None], mean, std)[0] for group in groups.values() for row in group}
@@ -84,12 +87,18 @@ def illustrate(
             chosen, device = drawn[:count], model.device
             seen = torch.stack([pixels[row] for row in chosen]).to(device)
             maps = explain(model, seen)
-            of_images = {name: list(each) for name, each in maps.items()}
+            size = tuple(seen.shape[2:])
+            of_images = {name: list(to_pixels(model, each, size)) for name, each in maps.items()}
             titles = [names[taken[row]] for row in chosen]
             figures[ATTENTION] = plot_maps([shown[row] for row in chosen], titles, of_images)
             scores = {name: score_map(model, seen, each, steps=8) for name, each in maps.items()}
             facts["map_scores"] = {name: [each.mean().item() for each in score] for name, score in scores.items()}
     return figures, facts
+
+
+def prepare(processor: BaseImageProcessor, image: PIL.Image.Image) -> Tensor:
+    """An image as the model takes it, (C, H, W)."""
+    return processor(image, return_tensors="pt")["pixel_values"][0]
 
 
 def show_learnt(model: ViTCustomPreTrainedModel, pixels: Tensor) -> tuple[dict[str, Figure], dict]:

@@ -161,7 +161,7 @@ def train_encoder(command: TrainingCommand, arguments: PretrainingArguments) -> 
         **learnt,
         split_sizes={} if streaming else {name: len(split) for name, split in splits.items()},
         evaluation_split=judging,
-        evaluation_origin=None if judging is None else name_split(splits[judging], judging),
+        evaluation_origin=None if judging is None else name_split(splits, judging),
         results=results,
     )
     write_recipe(output_dir / "recipe.yaml", command.given)
@@ -172,7 +172,7 @@ def train_encoder(command: TrainingCommand, arguments: PretrainingArguments) -> 
         normalised = getattr(model.config, "norm_pix_loss", False) and arguments.objective == "masked_autoencoder"
         title = "reconstructed\nbut for mean and contrast" if normalised else "reconstructed"
         pictures[RECONSTRUCTIONS] = plot_images(rows, ("image", "masked", title))
-    write_card(output_dir, run, pictures)
+    write_card(output_dir, run, pictures, keep_edits=bool(training_args.resume_from_checkpoint))
     figures = ", ".join([judging or "not judged", *(f"{METRIC_TITLES[name]} {results[name]:.4f}" for name in results)])
     print(f"\n{figures} after {known['wall_time']:.0f} s of training; saved to {output_dir}")
     print(

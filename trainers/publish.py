@@ -31,8 +31,8 @@ written into OUTPUT_DIR/README.md goes there.
 
 A token is taken from `hf auth login` or HF_TOKEN, and needs the right to write."""
 
-# What git takes for a branch or a tag.
-REFERENCE = re.compile(r"(?!.*(\.\.|//|\.lock$|[./]$))[A-Za-z0-9_][\w./-]*")
+# What git takes for a branch or a tag of one's own.
+REFERENCE = re.compile(r"(?!refs/|HEAD$)(?!.*(\.\.|//|/\.|\.lock$|[./]$))[A-Za-z0-9_][\w./-]*")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from datasets import Dataset, IterableDataset
 from PIL.Image import Resampling
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainerState
@@ -19,7 +18,7 @@ from model_cards.environment import EnergyMeter, code_commit, describe_hardware,
 from model_cards.metadata import is_repo_id
 from modeling_vit_custom import ViTCustomConfig, list_presets
 from trainers.arguments import ModelArguments, TrainingCommand
-from trainers.data import BUILT_IN_TITLES
+from trainers.data import BUILT_IN_TITLES, TRAIN, Splits
 from trainers.hub import hide_folder
 from trainers.models import read_processor
 from trainers.vit_trainer import ViTTrainer
@@ -169,10 +168,14 @@ def describe_preprocessing(processor: BaseImageProcessor) -> str | None:
     if isinstance(processor, TimmWrapperImageProcessor):
         return None
     (height, width), mean, std = read_processor(processor)
-    steps, shorter = [], dict(processor.size).get("shortest_edge")
+    steps, size = [], dict(processor.size or {})
     if getattr(processor, "do_resize", False):
-        resized = f"{height} x {width} pixels" if shorter is None else f"a shorter side of {shorter} pixels"
-        steps.append(f"resized to {resized} ({Resampling(processor.resample).name.lower()})")
+        if "shortest_edge" in size:
+            resized = f"a shorter side of {size['shortest_edge']} pixels"
+        else:
+            resized = f"{size['height']} x {size['width']} pixels"
+        how = "" if processor.resample is None else f" ({Resampling(processor.resample).name.lower()})"
+        steps.append(f"resized to {resized}{how}")
     if getattr(processor, "do_center_crop", False):
         steps.append(f"cropped to the middle {height} x {width}")
     scaled = "scaled to 0..1"
@@ -182,9 +185,11 @@ def describe_preprocessing(processor: BaseImageProcessor) -> str | None:
     return f"Images are {', '.join([*steps, scaled])}."
 
 
-def name_split(split: Dataset | IterableDataset, name: str) -> str | None:
+def name_split(splits: Splits, name: str) -> str | None:
     """What a split is called in its data set, if it is another name: `train` where it was held out of that."""
-    origin = None if split.split is None else str(split.split)
+    origin = None if splits[name].split is None else str(splits[name].split)
+    if name != TRAIN and origin is not None and origin == str(splits[TRAIN].split):
+        return TRAIN  # whatever that is called there
     return None if origin == name else origin
 
 
@@ -216,7 +221,7 @@ def format_command(program: str, argv: Sequence[str], num_processes: int = 1) ->
     published, is_of_push = [], False
     for argument in argv:
         if argument.startswith("--"):
-            is_of_push = argument.startswith(("--push_to_hub", "--hub_"))
+            is_of_push = argument.replace("-", "_").startswith(("__push_to_hub", "__hub_"))
         if not is_of_push:
             published.append(hide_folders(argument))
     return f"{launcher} -m trainers.{program} {shlex.join(published)}"

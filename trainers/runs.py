@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from transformers import BaseImageProcessor, PreTrainedModel, TrainerState
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
-from model_cards.environment import describe_hardware
+from model_cards.environment import code_commit, describe_hardware
 from trainers import ema
 from trainers.arguments import (
     AugmentationArguments,
@@ -185,6 +185,7 @@ def train(trainer: ViTTrainer, program: str) -> TrainOutput:
             could not be written or read.
     """
     args = trainer.args
+    code_commit()  # what runs is what lies there now
     trainer.add_callback(Spent())
     if args.overwrite and not args.resume_from_checkpoint and args.should_save:
         for folder in Path(args.output_dir).glob("checkpoint-*"):

@@ -12,6 +12,7 @@ from .attention import (
     attention_rollout,
     gradient_attention,
     gradient_rollout,
+    to_pixels,
 )
 from .evidence import PatchScores, explain, grad_cam, leaves_map, score_map
 from .features import feature_colors, image_features, nearest_images, predict_at_sizes
@@ -38,4 +39,5 @@ __all__ = [
     "predict_at_sizes",
     "principal_filters",
     "score_map",
+    "to_pixels",
 ]

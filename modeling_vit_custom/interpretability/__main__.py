@@ -38,6 +38,7 @@ from modeling_vit_custom.interpretability import (
     predict_at_sizes,
     principal_filters,
     score_map,
+    to_pixels,
 )
 from modeling_vit_custom.interpretability.figures import (
     plot_attention_distance,
@@ -189,7 +190,7 @@ def analyse(
     figures = {
         "filters": plot_filters(components, shares),
         "attention_distance": plot_attention_distance(distance.heads, distance.uniform),
-        "features": plot_maps(pictures, titles, {"features": list(feature_colors(model, shown))}),
+        "features": plot_maps(pictures, titles, {"features": show_colors(model, shown)}),
     }
     report = {
         "images": len(images.files),
@@ -201,13 +202,16 @@ def analyse(
     if has_positions(model):
         figures["positions"] = plot_position_similarity(position_similarity(model))
     if isinstance(model, ViTCustomForImageClassification):
-        maps = explain(model, shown)
-        figures["maps"] = plot_maps(pictures, titles, {name: list(each) for name, each in maps.items()})
+        maps, size = explain(model, shown), tuple(shown.shape[2:])
+        figures["maps"] = plot_maps(
+            pictures, titles, {name: list(to_pixels(model, each, size)) for name, each in maps.items()}
+        )
         scores = {name: score_map(model, shown, each) for name, each in maps.items()}
         report["insertion"] = {name: score.insertion.mean().item() for name, score in scores.items()}
         report["deletion"] = {name: score.deletion.mean().item() for name, score in scores.items()}
-        side = min(shown.shape[2:])
-        sizes = predict_at_sizes(model, shown, [round(side * scale) for scale in SCALES])
+        side, patch = min(size), model.config.stages[0].patch_size
+        sides = [round(side * scale) for scale in SCALES if round(side * scale) >= patch]
+        sizes = predict_at_sizes(model, shown, sides)
         figures["sizes"] = plot_sizes(sizes, side, titles)
     if neighbours.files:
         features = image_features(model, neighbours.batches("features"))
@@ -215,6 +219,13 @@ def analyse(
         found = [images.show(neighbours.prepare([neighbours.files[index] for index in row])) for row in indices]
         figures["neighbours"] = plot_neighbours(pictures, titles, found, similarities)
     return figures, report
+
+
+def show_colors(model: ViTCustomPreTrainedModel, pixel_values: Tensor) -> list[Tensor]:
+    """The patches' features as colours at the size of the images, each (H, W, 3)."""
+    channels = feature_colors(model, pixel_values).permute(0, 3, 1, 2)
+    spread = to_pixels(model, channels.flatten(0, 1), tuple(pixel_values.shape[2:]), is_smooth=False)
+    return list(spread.unflatten(0, channels.shape[:2]).permute(0, 2, 3, 1))
 
 
 def print_report(report: dict) -> None:

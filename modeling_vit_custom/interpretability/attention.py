@@ -73,7 +73,27 @@ class Block:
         if isinstance(self.module.attention, WindowAttention):
             return merge_windows(keys, self.module.attention, self.grid)
         maps = keys[..., -math.prod(self.key_grid) :].unflatten(-1, self.key_grid)
-        return maps if self.key_grid == self.grid else F.interpolate(maps, self.grid, mode="nearest")
+        return spread(maps, self.key_ratio, self.grid)
+
+
+def spread(maps: Tensor, times: int, size: tuple[int, int]) -> Tensor:
+    """Each cell of maps (..., h, w) `times` as high and wide, without what goes beyond a size."""
+    return maps.repeat_interleave(times, -2).repeat_interleave(times, -1)[..., : size[0], : size[1]]
+
+
+def to_pixels(model: ViTCustomPreTrainedModel, maps: Tensor, size: tuple[int, int], is_smooth: bool = True) -> Tensor:
+    """Maps (B, h, w) of the patches of any stage at the size (H, W) of the images: (B, H, W).
+
+    The last patches may reach beyond the images.
+    """
+    stride = 1
+    for stage, grid in zip(model.base_model.stages, model.base_model.feature_grids(size)):
+        stride *= stage.patch_size
+        if grid == tuple(maps.shape[1:]):
+            break
+    if not is_smooth:
+        return spread(maps, stride, size)
+    return F.interpolate(maps[:, None], scale_factor=stride, mode="bilinear")[:, 0, : size[0], : size[1]]
 
 
 def split_windows(image: Tensor, attention: WindowAttention) -> Tensor:
@@ -112,8 +132,13 @@ def prepare_images(encoder: ViTCustomModel, pixel_values: Tensor) -> tuple[Tenso
         ValueError: if the encoder cannot take them.
     """
     check_images(pixel_values, encoder.config.num_channels, encoder.stages[0].patch_size)
-    weight = encoder.stages[0].embedding.projection.weight
-    return pixel_values.to(weight.device, weight.dtype), list_blocks(encoder, tuple(pixel_values.shape[-2:]))
+    return place(encoder, pixel_values), list_blocks(encoder, tuple(pixel_values.shape[-2:]))
+
+
+def place(model: ViTCustomPreTrainedModel, pixel_values: Tensor) -> Tensor:
+    """Images where a model is, and in the precision of its weights."""
+    weight = model.base_model.stages[0].embedding.projection.weight
+    return pixel_values.to(weight.device, weight.dtype)
 
 
 def iterate_attention(model: ViTCustomPreTrainedModel, pixel_values: Tensor) -> Iterator[tuple[Block, Tensor]]:
@@ -123,6 +148,7 @@ def iterate_attention(model: ViTCustomPreTrainedModel, pixel_values: Tensor) -> 
         with torch.no_grad():
             hidden, weights = block.run(hidden, output_attentions=True)
         yield block, weights
+        del weights  # or they would be there while the next block makes its own
 
 
 def iterate_gradients(
@@ -151,7 +177,10 @@ def iterate_gradients(
             # Windows' weights are another view of the tensor that the output was computed from.
             source = weights if weights._base is None else weights._base
             gradient, gradient_of_weights = torch.autograd.grad(output, (hidden, source), gradient)
-        yield block, weights.detach().float(), gradient_of_weights.reshape(weights.shape).float()
+            gradient_of_weights, weights = gradient_of_weights.reshape(weights.shape).float(), weights.detach().float()
+            del hidden, output, source
+        yield block, weights, gradient_of_weights
+        del weights, gradient_of_weights  # or they would be there while the next block makes its own
 
 
 # ------------------------------------------------------------------------------------------------------------ distance
@@ -193,6 +222,7 @@ def attention_distance(model: ViTCustomPreTrainedModel, batches: Iterable[Tensor
                 sums.append(torch.zeros_like(distances))
                 uniform.append(even)
             sums[block.layer] += distances
+            del weights
         count += pixel_values.shape[0]
     if not count:
         raise ValueError("attention distances need at least one batch of images")
@@ -243,8 +273,9 @@ def attention_map(
         model: Any model of the family, in evaluation mode.
         pixel_values: Normalised images.
         layer: Number of the block; negative ones count from the end.
-        query: Row and column of the patch that attends. By default the first prefix token; where a stage has none, the
-            mean over all patches, which is how much attention each patch gets. Windows are put together.
+        query: Row and column of the patch that attends. By default the class token, where that is what is pooled and
+            the stage has it; else the mean over all patches, which is how much attention each patch gets. Windows are
+            put together.
 
     Raises:
         ValueError: for a block or a patch that is not there.
@@ -265,7 +296,9 @@ def attention_map(
         return block.keys_to_map(torch.einsum("baqk,baq->bak", weights, asks))
     if query is not None:
         return block.keys_to_map(weights[:, :, num_prefix_tokens + query[0] * block.grid[1] + query[1]])
-    return block.keys_to_map(weights[:, :, 0] if num_prefix_tokens else weights.mean(dim=2))
+    if num_prefix_tokens and model.config.pooling == "cls":
+        return block.keys_to_map(weights[:, :, 0])
+    return block.keys_to_map(weights[:, :, num_prefix_tokens:].mean(dim=2))
 
 
 def gradient_attention(
@@ -307,6 +340,7 @@ def attention_rollout(model: ViTCustomPreTrainedModel, pixel_values: Tensor) -> 
         mean = weights.float().mean(dim=1)
         step = (mean + torch.eye(mean.shape[-1], device=mean.device)) / 2
         joint = step if joint is None else step @ joint
+        del weights
     return _to_patch_shares(model, _output_rows(model, joint), pixel_values)
 
 
@@ -329,6 +363,7 @@ def gradient_rollout(
             rows = _output_rows(model, torch.eye(step.shape[-1], device=step.device).expand_as(step))
         # From the output backwards, one row is all of the product that is needed.
         rows = rows + torch.einsum("bq,bqk->bk", rows, step)
+        del weights, gradient
     return _to_patch_shares(model, rows, pixel_values)
 
 
@@ -341,9 +376,9 @@ def _find_layer(model: ViTCustomPreTrainedModel, pixel_values: Tensor, layer: in
 
 def _output_rows(model: ViTCustomPreTrainedModel, joint: Tensor) -> Tensor:
     """Of (B, T, T) the rows that the output is read from, as their mean (B, T)."""
-    if model.config.pooling == "mean":
-        return joint[:, model.config.num_prefix_tokens :].mean(dim=1)
-    return joint[:, : 2 if model.config.use_distillation_token else 1].mean(dim=1)
+    is_mean = model.config.pooling == "mean"
+    rows = joint[:, model.config.num_prefix_tokens :].mean(dim=1) if is_mean else joint[:, 0]
+    return (rows + joint[:, 1]) / 2 if model.config.use_distillation_token else rows
 
 
 def _to_patch_shares(model: ViTCustomPreTrainedModel, rows: Tensor, pixel_values: Tensor) -> Tensor:

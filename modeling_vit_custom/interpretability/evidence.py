@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..modeling_vit_custom import ViTCustomForImageClassification, to_image
-from .attention import attention_rollout, gradient_attention, gradient_rollout
+from .attention import attention_rollout, gradient_attention, gradient_rollout, place, to_pixels
 
 
 def leaves_map(model: ViTCustomForImageClassification) -> bool:
@@ -36,7 +36,8 @@ def grad_cam(
         raise ValueError("a class token that one block reads into leaves no map: the last stage needs two blocks")
     with torch.enable_grad():
         # Through the pixels, since an encoder may be frozen.
-        outputs = model(pixel_values.detach().requires_grad_(), output_hidden_states=True)
+        pixel_values = place(model, pixel_values).detach().requires_grad_()
+        outputs = model(pixel_values, output_hidden_states=True, return_dict=True)
         tokens = outputs.hidden_states[-2 if config.pooling == "cls" else -1]
         chosen = outputs.logits.argmax(dim=-1) if classes is None else classes
         (gradients,) = torch.autograd.grad(outputs.logits.gather(1, chosen[:, None]).sum(), tokens)
@@ -85,11 +86,11 @@ def score_map(
 ) -> PatchScores:
     """How well maps (B, h, w) tell what a prediction rests on, to compare the ways to make them.
 
-    RISE, https://arxiv.org/abs/1806.07421, section 4: areas under the curves of the predicted class's probability. What
-    is not there is blurred in insertion and of the mean colour in deletion, as they do it. Patches of equal weight come
-    in an order drawn once.
+    After RISE, https://arxiv.org/abs/1806.07421, section 4: areas under the curves of the predicted class's
+    probability. What is not there is blurred in insertion, to means over a sixteenth of the image, and of the mean
+    colour of the normalisation in deletion; whole patches come and go, those of equal weight in an order drawn once.
     """
-    size = tuple(pixel_values.shape[-2:])
+    pixel_values, size = place(model, pixel_values), tuple(pixel_values.shape[-2:])
     blurred = F.interpolate(F.adaptive_avg_pool2d(pixel_values, 4), size, mode="bilinear")
     grey = torch.zeros_like(pixel_values)
     flat = maps.flatten(1)
@@ -103,7 +104,7 @@ def score_map(
         curve = []
         for step in range(steps + 1):
             changed = (ranks < round(step / steps * flat.shape[1])).to(pixel_values.dtype)
-            changed = F.interpolate(changed[:, None], size, mode="nearest")
+            changed = to_pixels(model, changed, size, is_smooth=False)[:, None]
             logits = model(torch.lerp(start, end, changed)).logits
             curve.append(logits.float().softmax(dim=-1).gather(1, classes)[:, 0])
         areas.append(torch.trapezoid(torch.stack(curve, dim=1), dx=1 / steps))

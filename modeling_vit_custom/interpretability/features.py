@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..modeling_vit_custom import ViTCustomForImageClassification, ViTCustomPreTrainedModel
+from .attention import place
 
 
 @torch.no_grad()
@@ -17,7 +18,7 @@ def feature_colors(model: ViTCustomPreTrainedModel, pixel_values: Tensor) -> Ten
     from the first to the last percent of its values.
     """
     encoder = model.base_model
-    features = encoder(pixel_values).last_hidden_state.float()[:, encoder.config.num_prefix_tokens :]
+    features = encoder(place(model, pixel_values)).last_hidden_state.float()[:, encoder.config.num_prefix_tokens :]
     flat = features.flatten(0, 1)
     flat = flat - flat.mean(dim=0)
     _, _, directions = torch.linalg.svd(flat, full_matrices=False)
@@ -35,7 +36,9 @@ def feature_colors(model: ViTCustomPreTrainedModel, pixel_values: Tensor) -> Ten
 @torch.no_grad()
 def image_features(model: ViTCustomPreTrainedModel, batches: Iterable[Tensor]) -> Tensor:
     """The encoder's pooled features of batches of images (B, C, H, W), one row an image, on the CPU."""
-    return torch.cat([model.base_model(pixel_values).pooler_output.float().cpu() for pixel_values in batches])
+    return torch.cat(
+        [model.base_model(place(model, pixel_values)).pooler_output.float().cpu() for pixel_values in batches]
+    )
 
 
 def nearest_images(queries: Tensor, features: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
@@ -55,6 +58,6 @@ def predict_at_sizes(
     for size in sizes:
         scale = size / min(height, width)
         resized = (round(height * scale), round(width * scale))
-        pixels = F.interpolate(pixel_values, resized, mode="bicubic", antialias=scale < 1)
-        probabilities[size] = model(pixels).logits.float().softmax(dim=-1)
+        pixels = F.interpolate(pixel_values.float(), resized, mode="bicubic", antialias=scale < 1)
+        probabilities[size] = model(place(model, pixels)).logits.float().softmax(dim=-1)
     return probabilities

@@ -27,7 +27,7 @@ def plot_filters(components: Tensor, shares: Tensor, columns: int = 7) -> Figure
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     for axes in (panels := figure.subplots(rows, columns, squeeze=False).ravel()):
         axes.set_axis_off()
-    for axes, component in zip(panels, components):
+    for axes, component in zip(panels, components.cpu()):
         image = component if len(component) == 3 else component.mean(dim=0, keepdim=True)
         image = 0.5 + 0.5 * image / image.abs().amax().clamp(min=1e-12)
         axes.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
@@ -41,6 +41,7 @@ def plot_position_similarity(similarity: Tensor) -> Figure:
 
     Of a grid of more than `MAX_TILES` along a side every k-th position has a tile.
     """
+    similarity = similarity.cpu()
     height, width = similarity.shape[:2]
     step = math.ceil(max(height, width) / MAX_TILES)
     rows, columns = range(0, height, step), range(0, width, step)
@@ -121,7 +122,7 @@ def plot_maps(
 
 
 def overlay(image: np.ndarray, weights: Tensor) -> np.ndarray:
-    """An image (H, W, 3) of 8 bits in grey under a map (h, w) in colours, or colours (h, w, 3) at its size."""
+    """An image (H, W, 3) of 8 bits in grey under a map (h, w) of all of it in colours, or colours (h, w, 3) alone."""
     size = image.shape[:2]
     if weights.ndim == 3:
         colors = F.interpolate(weights.permute(2, 0, 1)[None].float().cpu(), size, mode="nearest")[0]
