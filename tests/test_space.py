@@ -70,6 +70,7 @@ from uploads import (  # noqa: E402
 from version import describe_version  # noqa: E402
 
 
+VERSION = "vit-custom 9.9.9 (0123abc)"
 LABELS = ["ant", "bee", "cat", "dog", "eel"]
 # The code of a model that only its own checkpoint knows: a linear classifier of the mean colour.
 CUSTOM_CODE = """
@@ -124,7 +125,7 @@ def upload_folder(tmp_path_factory):
 def demo(checkpoint, upload_folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(upload_folder))
-        demo = build_demo([load_classifier(str(checkpoint))], describe_version())
+        demo = build_demo([load_classifier(str(checkpoint))], VERSION)
         demo.launch(server_name="127.0.0.1", prevent_thread_lock=True, ssr_mode=False, quiet=True, **LAUNCH_OPTIONS)
         yield demo
         demo.close()
@@ -630,9 +631,16 @@ def test_a_card_is_shown_with_its_figures(tmp_path):
 def test_page_names_model_parameters_and_version(demo, checkpoint):
     _, text = request(f"{demo.local_url}config")
     count = load_classifier(str(checkpoint)).model.num_parameters()
-    assert f"tiny · {count:,} parameters · {describe_version()}" in json.loads(text)["components"][-1]["props"]["value"]
+    assert f"tiny · {count:,} parameters · {VERSION}" in json.loads(text)["components"][-1]["props"]["value"]
     assert "5 classes apart: ant, bee, cat, dog, eel." in text
     assert str(checkpoint) not in text
+
+
+def test_the_version_is_that_of_the_code(tmp_path, monkeypatch):
+    assert re.fullmatch(r"vit-custom \d+\.\d+\.\d+( \([0-9a-f]+(-dirty)?\))?", describe_version())
+    (tmp_path / "space.json").write_text('{"commit": "0123abc"}')
+    monkeypatch.setattr("version.MADE_OF", tmp_path / "space.json")
+    assert describe_version().endswith(" (0123abc)")
 
 
 def test_page_escapes_what_a_checkpoint_says(checkpoint):
