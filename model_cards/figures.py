@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
@@ -17,6 +18,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 # Two colours of the Okabe-Ito palette: told apart by readers with any kind of colour vision.
 TRAIN_COLOR = "#0072B2"
 EVAL_COLOR = "#D55E00"
+# Four more of that palette.
+GROUP_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 MIN_IMAGES_OF_BIN = 10
 
 # What the Trainer logs -> panel, line, colour.
@@ -217,6 +220,119 @@ def plot_predictions(groups: Mapping[str, Sequence[tuple[np.ndarray, str, str, f
             color = "black" if is_right else EVAL_COLOR
             axes.set_title(text, fontsize=TICK_FONT_SIZE, color=color, parse_math=False)
     return figure
+
+
+def plot_accuracy_by_size(lines: Mapping[str, Sequence[tuple[str, float, float, float]]]) -> Figure:
+    """Draws accuracy with its interval against the size of the images.
+
+    Args:
+        lines: By a title: (size, accuracy, ends of its interval), from small images to large ones, the same sizes each.
+    """
+    sizes = [size for size, *_ in next(iter(lines.values()))]
+    figure = Figure(figsize=(max(4.2, 0.8 * len(sizes) + 1.8), 3.4), layout="constrained")
+    axes = figure.subplots()
+    for position, (title, rows) in enumerate(lines.items()):
+        accuracy, low, high = np.array([row[1:] for row in rows]).T
+        # Beside each other, so that intervals do not hide one another.
+        places = np.arange(len(sizes)) + 0.08 * (position - (len(lines) - 1) / 2)
+        errors = np.stack([accuracy - low, high - accuracy]).clip(min=0)
+        color = (EVAL_COLOR, TRAIN_COLOR)[position]
+        axes.errorbar(places, accuracy, errors, label=title, color=color, marker="o", markersize=4, capsize=3)
+    axes.set_xticks(np.arange(len(sizes)), sizes)
+    axes.set_xlim(-0.5, len(sizes) - 0.5)
+    axes.set_xlabel("image size in pixels")
+    axes.set_ylabel("accuracy")
+    if len(lines) > 1:
+        axes.legend(frameon=False)
+    _tidy(axes)
+    return figure
+
+
+def plot_robustness(
+    accuracies: Mapping[str, Sequence[float]],
+    groups: Sequence[str],
+    severities: Sequence[int],
+    clean: float,
+) -> Figure:
+    """Draws accuracy by corruption and severity as a table of colours, and by severity as a line for each group.
+
+    Args:
+        accuracies: By corruption, one for each severity.
+        groups: What kind each corruption is of, corruptions of a kind beside each other.
+        severities: From weak to strong.
+        clean: Accuracy without corruption.
+    """
+    names, values = list(accuracies), np.array(list(accuracies.values()))
+    height = max(3.4, 0.3 * len(names) + 1.1)
+    figure = Figure(figsize=(10, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
+    shown = np.column_stack([np.full(len(names), clean), values])
+    left.imshow(shown, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(shown):
+        color = "white" if value > 0.6 else "black"
+        left.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=TICK_FONT_SIZE, color=color)
+    left.set_xticks(np.arange(len(severities) + 1), ["clean", *map(str, severities)])
+    left.set_yticks(np.arange(len(names)), [name.replace("_", " ") for name in names], fontsize=TICK_FONT_SIZE)
+    for row in range(1, len(names)):
+        if groups[row] != groups[row - 1]:
+            left.axhline(row - 0.5, color="white", linewidth=3)
+    left.axvline(0.5, color="white", linewidth=3)
+    left.tick_params(length=0)
+    left.spines[:].set_visible(False)
+    left.set_xlabel("severity")
+    left.set_title("accuracy in percent", loc="left", fontsize=11, fontweight="bold")
+
+    places = np.arange(len(severities) + 1)
+    for group, color in zip(dict.fromkeys(groups), GROUP_COLORS):
+        rows = shown[[each == group for each in groups]]
+        right.plot(places, rows.mean(axis=0), label=group, color=color, marker="o", markersize=4, linewidth=1.4)
+    if len(set(groups)) > 1:
+        right.plot(places, shown.mean(axis=0), label="mean of all", color="black", linestyle="--", linewidth=1.4)
+    right.set_xticks(places, ["clean", *map(str, severities)])
+    right.set_xlabel("severity")
+    right.set_ylim(0, 1)
+    right.set_title("accuracy by kind of corruption", loc="left", fontsize=11, fontweight="bold")
+    right.legend(frameon=False, loc="lower left")
+    _tidy(right)
+    return figure
+
+
+def plot_corruptions(
+    image: np.ndarray, corrupted: Mapping[str, Sequence[np.ndarray]], severities: Sequence[int]
+) -> Figure:
+    """Draws an image (H, W, 3), 8-bit, under each corruption, a row each, and each severity, a column each."""
+    names = list(corrupted)
+    blocks = 2 if len(names) > 4 else 1
+    rows = math.ceil(len(names) / blocks)
+    cell, name_width, (height, width) = 0.95, 1.25, image.shape[:2]
+    wide = blocks * (name_width + cell * (len(severities) + 1))
+    figure = Figure(figsize=(wide, rows * cell * height / width + 0.35), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
+    widths = ([name_width] + [cell] * (len(severities) + 1)) * blocks
+    panels = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for index, name in enumerate(names):
+        block, row = divmod(index, rows)
+        first = block * (len(severities) + 2)
+        text = name.replace("_", "\n")
+        panels[row, first].text(
+            1, 0.5, text, ha="right", va="center", fontsize=9, transform=panels[row, first].transAxes
+        )
+        for column, shown in enumerate([image, *corrupted[name]], start=first + 1):
+            panels[row, column].imshow(shown, interpolation="nearest")
+            if row == 0:
+                title = "clean" if column == first + 1 else str(severities[column - first - 2])
+                panels[row, column].set_title(title, fontsize=9)
+    return figure
+
+
+def _tidy(axes: Axes) -> None:
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
 
 
 def _shorten(name: str) -> str:

@@ -105,8 +105,8 @@ def write_card(
         (output_dir / name).unlink(missing_ok=True)
     for name, figure in drawn.items():
         figure.savefig(output_dir / name, dpi=FIGURE_DPI)
-    write_run(output_dir, run)
     path.write_text(f"{card.strip()}\n", encoding="utf-8")
+    write_run(output_dir, run)  # last: a folder that holds it is finished
     return path
 
 
@@ -149,7 +149,7 @@ def render_card(
         ],
         data_source=_describe_dataset(run),
         split_sizes=[(escape_markdown(name), f"{size:,}") for name, size in (run.split_sizes or {}).items()],
-        command=None if run.command is None else _fence(_break_lines(run.command), "bash"),
+        command=None if run.command is None else fence(break_lines(run.command), "bash"),
         training_facts=_list_training_facts(run),
         limits=limits,
         worst_classes=worst_classes,
@@ -433,7 +433,7 @@ def _describe_reach(run: TrainingRun) -> str | None:
     )
 
 
-def _break_lines(command: str) -> str:
+def break_lines(command: str) -> str:
     """A long command with each of its options on a line of its own, as a shell reads it."""
     if len(command) <= MAX_COMMAND_WIDTH or "\n" in command:
         return command
@@ -441,7 +441,7 @@ def _break_lines(command: str) -> str:
     return "".join(f" \\\n  {word}" if word.startswith("--") else f" {word}" for word in words).lstrip()
 
 
-def _fence(code: str, language: str) -> str:
+def fence(code: str, language: str) -> str:
     """Puts code into a block whose fence is longer than any run of backticks inside."""
     fence = "`" * max([3] + [len(run) + 1 for run in re.findall("`+", code)])
     return f"{fence}{language}\n{code}\n{fence}"

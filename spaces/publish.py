@@ -52,7 +52,9 @@ def main(argv: list[str] | None = None) -> None:
             print(f"publish: error: {' '.join(str(error).split())}", file=sys.stderr)
             raise SystemExit(2) from error
         if arguments.dry_run:
-            show_files(Path(folder), arguments.repo_id)
+            found = (file for file in sorted(Path(folder).rglob("*")) if file.is_file())
+            files = {file.relative_to(folder).as_posix(): file for file in found}
+            hub.show_files(files, f"the Space {arguments.repo_id}")
             return
         try:
             url = upload(Path(folder), arguments.repo_id, arguments.private or None)
@@ -138,14 +140,6 @@ def upload(folder: Path, repo_id: str, private: bool | None) -> str:
             delete_patterns="*",
         )
     return str(url)
-
-
-def show_files(folder: Path, repo_id: str) -> None:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    print(f"To the Space {repo_id}, as far as it is not there already:")
-    for file in files:
-        print(f"  {file.stat().st_size:>13,} bytes  {file.relative_to(folder).as_posix()}")
-    print(f"  {sum(file.stat().st_size for file in files):>13,} bytes in {len(files)} files")
 
 
 if __name__ == "__main__":

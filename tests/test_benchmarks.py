@@ -11,12 +11,20 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from benchmarks import fidelity, lift, load, speed
+from benchmarks import fidelity, kills, lift, load, prediction, ranks, speed
 from torch import nn
 
 
 FOLDER = Path(__file__).parent / "benchmarks"
-SCRIPTS = {"fidelity": fidelity, "lift": lift, "load": load, "speed": speed}
+SCRIPTS = {
+    "fidelity": fidelity,
+    "lift": lift,
+    "load": load,
+    "prediction": prediction,
+    "speed": speed,
+    "kills": kills,
+    "ranks": ranks,
+}
 QUICK = ["--image_size", "32", "--batch_size", "1", "--repeats", "2", "--warmup", "1", "--compile", "no"]
 QUICK += ["--device", "cpu", "--no_progress"]
 

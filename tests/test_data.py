@@ -5,7 +5,9 @@ import json
 import pickle
 import re
 import tarfile
+from collections import Counter
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -13,14 +15,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms.v2 import Compose
+from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
 from trainers.arguments import AugmentationArguments, DataArguments, ModelArguments
 from trainers.augmentation import Augmentation, Crop
 from trainers.data import (
     ImagesInMemory,
-    collate,
+    StreamedImages,
+    as_it_comes,
     label_names,
     load_splits,
     processor_transform,
@@ -30,6 +33,8 @@ from trainers.data import (
 )
 from trainers.finetune import main as finetune
 from trainers.models import make_model
+from trainers.sampling import EpochBatches, RandomOrder
+from trainers.streams import StreamBatches
 
 
 def save_images(folder: Path, count: int, mode: str = "RGB", size: tuple[int, int] = (20, 16)) -> None:
@@ -312,10 +317,11 @@ def test_workers_of_any_start_method_can_take_the_transforms(tmp_path):
     splits = load_splits(DataArguments(dataset="digits"))
     processor = ViTImageProcessor(size={"height": 8, "width": 8})
     arguments = AugmentationArguments(rotation=5, auto_augment="rand-m9-mstd0.5-inc1")
-    transform = Compose([Crop(arguments, (8, 8)), Augmentation(arguments, [0.5] * 3, [0.5] * 3)])
-    for chosen in (transform, processor_transform(processor)):
-        copied = pickle.loads(pickle.dumps(with_transform(splits["validation"], chosen)))
-        assert copied[0]["pixel_values"].shape == (3, 8, 8)
+    crop, augmentation = Crop(arguments, (8, 8)), Augmentation(arguments, [0.5] * 3, [0.5] * 3)
+    copied = pickle.loads(pickle.dumps(training_images(splits["validation"], crop, augmentation)))
+    assert copied.__getitems__([0, 3])["pixel_values"].shape == (2, 3, 8, 8)
+    copied = pickle.loads(pickle.dumps(with_transform(splits["validation"], processor_transform(processor))))
+    assert copied[0]["pixel_values"].shape == (3, 8, 8)
 
 
 def test_columns_can_be_named(tmp_path):
@@ -548,16 +554,31 @@ def test_a_stream_holds_what_a_reading_holds(streamable):
     streamed = load_splits(replace(streamable, streaming=True, shuffle_buffer=8), seed=1)
     assert label_names(streamed) == label_names(read)
     assert read_pixels(streamed["validation"]) == read_pixels(read["validation"])
-    expected, found = (
-        {(row["pixel_values"].numpy().tobytes(), int(row["labels"])) for row in training_images(split["train"], crop)}
-        for split in (read, streamed)
+    kept = training_images(read["train"], crop).__getitems__(list(range(30)))
+    passes = read_stream(training_images(streamed["train"], crop), 45)
+    expected, *found = (
+        [(image.numpy().tobytes(), label) for image, label in zip(batch["pixel_values"], batch["labels"].tolist())]
+        for batch in (kept, passes)
     )
-    assert found == expected
-    assert len(found) == 30
+    assert set(found[0][:30]) == set(expected)
+    assert len(set(expected)) == len(set(passes["numbers"][:30])) == 30
+    assert len(set(found[0][30:])) == 15
+    assert found[0][:15] != found[0][30:]
     evaluated = [list(with_transform(split["validation"], processor)) for split in (read, streamed)]
     for row, other in zip(*evaluated, strict=True):
         assert torch.equal(row["pixel_values"], other["pixel_values"])
         assert row["labels"] == other["labels"]
+
+
+def read_stream(images: StreamedImages, count: int, batch_size: int = 5, **options) -> dict:
+    """The first images of a stream, as one batch."""
+    batches = islice(StreamBatches(images.stream, batch_size, **options), count // batch_size)
+    read = [images.__getitems__(batch) for batch in batches]
+    return {
+        "pixel_values": torch.cat([batch["pixel_values"] for batch in read]),
+        "labels": torch.cat([batch["labels"] for batch in read]),
+        "numbers": [number for batch in read for number in batch["numbers"]],
+    }
 
 
 def test_a_stream_is_shuffled_by_its_seed_and_anew_in_each_epoch(streamable):
@@ -584,16 +605,17 @@ def test_a_stream_passes_broken_images(tmp_path, no_delay, capsys):
     with pytest.raises(
         ValueError, match=r"^image (one.jpg|without a name, of label 0) of the stream cannot be decoded"
     ):
-        list(training_images(splits["train"], crop))
+        read_stream(training_images(splits["train"], crop), 6, batch_size=3)
     train = training_images(splits["train"], crop, on_corrupt="skip")
     for _ in range(2):
-        assert sorted(int(row["pixel_values"][0, 0, 0]) for row in train) == [0, 2, 3, 5]
+        assert sorted(read_stream(train, 6, batch_size=3)["pixel_values"][:, 0, 0, 0].tolist()) == [0, 2, 3, 5]
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" of the stream")[0] for line in sorted(lines)] == [
         "Image one.jpg",
         "Image without a name, of label 0",
     ]
-    assert list(training_images(splits["test"], crop, on_corrupt="skip")) == []
+    with pytest.raises(ValueError, match="none of 2 images of the stream, one after the other, can be decoded"):
+        read_stream(training_images(splits["test"], crop, on_corrupt="skip"), 4, batch_size=2)
     assert sample_images(splits["test"], 3) == []
     assert len(sample_images(splits["train"], 3)) == 3
 
@@ -627,7 +649,7 @@ def test_labels_of_a_stream_are_checked_as_they_come(tmp_path, no_delay, label):
     names = save_names(tmp_path, ["a", "b"])
     splits = load_splits(DataArguments(dataset=str(tmp_path), class_names=names, streaming=True))
     with pytest.raises(ValueError, match=f"label {label}, outside 0..1|[Cc]lass label {label} greater than"):
-        list(training_images(splits["train"], Crop(AugmentationArguments(), (8, 8))))
+        read_stream(training_images(splits["train"], Crop(AugmentationArguments(), (8, 8))), 3, batch_size=3)
 
 
 # -------------------------------------------------------------------------------------------------- images in memory
@@ -640,9 +662,14 @@ def save_photographs(folder: Path) -> str:
 
 
 def read_batches(images: torch.utils.data.Dataset, workers: int = 0) -> list[dict]:
-    torch.manual_seed(1)
-    loader = torch.utils.data.DataLoader(images, batch_size=4, shuffle=True, collate_fn=collate, num_workers=workers)
-    return list(loader)
+    batches = EpochBatches(RandomOrder(len(images), seed=1), 4)
+    return list(DataLoader(images, batch_sampler=batches, collate_fn=as_it_comes, num_workers=workers))
+
+
+def same(batch: dict, other: dict) -> bool:
+    return batch.keys() == other.keys() and all(
+        batch[name] == other[name] if name == "numbers" else torch.equal(batch[name], other[name]) for name in batch
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"interpolation": "bicubic", "crop_padding": 2}])
@@ -658,18 +685,72 @@ def test_images_in_memory_are_those_of_the_files(tmp_path, options, workers, mon
     assert not any(isinstance(images, ImagesInMemory) for images in decoded)
     for ours, theirs in zip(kept, decoded):
         for batch, other in zip(read_batches(ours, workers), read_batches(theirs, workers), strict=True):
-            assert batch.keys() == other.keys()
-            assert all(torch.equal(batch[name], other[name]) for name in batch)
-            assert all(batch[name].dtype == other[name].dtype for name in batch)
+            assert same(batch, other)
+            assert batch["pixel_values"].dtype == other["pixel_values"].dtype
 
 
-def test_random_crops_are_made_anew(tmp_path):
+def test_random_crops_follow_from_the_sight_alone(tmp_path):
+    """Not from the worker, the images beside it or what was drawn before; and models draw as without them."""
     train = load_splits(DataArguments(dataset=save_photographs(tmp_path)))["train"]
-    images = training_images(train, Crop(AugmentationArguments(min_crop=0.3), (8, 8)))
-    assert not torch.equal(images[0]["pixel_values"], images[0]["pixel_values"])
-    fixed = training_images(train, Crop(AugmentationArguments(), (8, 8)))
-    assert torch.equal(fixed[3]["pixel_values"], fixed[3]["pixel_values"])
-    assert len(fixed) == len(train) == len(images)
+    arguments = AugmentationArguments(min_crop=0.3, erasing=0.5, auto_augment="rand-m9-mstd0.5-inc1")
+    augmentation = Augmentation(arguments, [0.5] * 3, [0.5] * 3)
+    images = training_images(train, Crop(arguments, (8, 8)), augmentation, seed=3)
+    count = len(train)
+    state = torch.get_rng_state()
+    first, later = images.__getitems__([0, 5, 7]), images.__getitems__([count, 7, 5 + count, 0])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first["pixel_values"][[2, 0]], later["pixel_values"][[1, 3]])
+    assert not torch.equal(first["pixel_values"][1], later["pixel_values"][2])
+    assert torch.equal(first["labels"], later["labels"][[0, 2, 1]])
+    other_seed = training_images(train, Crop(arguments, (8, 8)), augmentation, seed=4).__getitems__([0, 5, 7])
+    assert not torch.equal(first["pixel_values"], other_seed["pixel_values"])
+    for batch, other in zip(read_batches(images, 0), read_batches(images, 2), strict=True):
+        assert same(batch, other)
+
+
+def test_a_stream_goes_on_where_it_was_left(streamable, tmp_path):
+    """Also in the second pass, and after images that were skipped: the same images, drawn from by the same numbers."""
+    arguments = AugmentationArguments(min_crop=0.5, erasing=0.5)
+    crop, augmentation = Crop(arguments, (6, 6)), Augmentation(arguments, [0.5] * 3, [0.5] * 3)
+
+    def stream() -> tuple[StreamedImages, StreamBatches]:
+        splits = load_splits(replace(streamable, streaming=True, shuffle_buffer=8), seed=1)
+        images = training_images(splits["train"], crop, augmentation, seed=1)
+        return images, StreamBatches(images.stream, 4)
+
+    images, batches = stream()
+    unbroken = [images.__getitems__(batch) for batch in islice(batches, 20)]
+    batches.save(tmp_path, 12)  # of 30 images a pass, in the second one, and what was read beyond is forgotten
+    images, resumed = stream()
+    resumed.load(tmp_path, 12)
+    going_on = list(islice(resumed, 20))
+    assert going_on[:12] == [[]] * 12
+    for batch, other in zip(unbroken[12:], going_on[12:], strict=True):
+        assert same(batch, images.__getitems__(other))
+
+
+@pytest.mark.parametrize(("shards", "world"), [(4, 2), (3, 2), (1, 3)])
+def test_processes_share_a_stream_without_duplicates_or_a_missing_tail(tmp_path, shards, world, no_delay):
+    names, shard_of = save_names(tmp_path, ["a", "b"]), []
+    for shard in range(shards):
+        keys = [key for key in range(24) if key % shards == shard]
+        images = [np.full((4, 4, 3), key, np.uint8) for key in keys]
+        folder = save_parquet(tmp_path / f"{shard}", [key % 2 for key in keys], datasets.Value("int64"), images=images)
+        (Path(folder) / "train.parquet").rename(tmp_path / f"train-{shard}.parquet")
+        shard_of.append(set(keys))
+    save_parquet(tmp_path, [0, 1], datasets.Value("int64"), split="test")
+    arguments = DataArguments(dataset=str(tmp_path), class_names=names, streaming=True, validation_fraction=0)
+    images = training_images(load_splits(arguments)["train"], Crop(AugmentationArguments(), (4, 4)))
+    for passes in (1, 2):
+        count = 24 // world * passes
+        reads = [read_stream(images, count, 4, rank=rank, world=world) for rank in range(world)]
+        pixels = [read["pixel_values"][:, 0, 0, 0].tolist() for read in reads]
+        seen = Counter(pixel for each in pixels for pixel in each[-24 // world :])
+        assert seen == Counter(range(24))
+        numbers = [number for read in reads for number in read["numbers"]]
+        assert len(set(numbers)) == len(numbers) == 24 * passes
+    if shards % world == 0:  # then nobody reads what others keep
+        assert all(sum(bool(shard & set(each[:12])) for shard in shard_of) == shards // world for each in pixels)
 
 
 # ---------------------------------------------------------------------------------------------------------- training

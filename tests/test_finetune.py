@@ -45,10 +45,11 @@ from trainers.arguments import (
 )
 from trainers.augmentation import Augmentation, Crop
 from trainers.data import load_splits, processor_transform
+from trainers.draws import Draws
 from trainers.finetune import main as finetune
 from trainers.models import make_model, parse_overrides, read_processor
 from trainers.pretrain import main as pretrain
-from trainers.runs import last_checkpoint
+from trainers.runs import is_whole, last_checkpoint
 
 
 SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "8", "--disable_tqdm", "true", "--report_to", "none"]
@@ -187,11 +188,29 @@ def test_a_repeated_run_replaces_nothing(tmp_path):
 def test_checkpoints_of_a_run_that_ended_early_are_kept(tmp_path, capsys):
     for step, file in {2: "trainer_state.json", 10: "trainer_state.json", 11: "model.safetensors"}.items():
         (tmp_path / "out" / f"checkpoint-{step}").mkdir(parents=True)
-        (tmp_path / "out" / f"checkpoint-{step}" / file).touch()
+        (tmp_path / "out" / f"checkpoint-{step}" / file).write_text("{}")
+    (tmp_path / "out" / "checkpoint-12").mkdir()
+    (tmp_path / "out" / "checkpoint-12" / "trainer_state.json").write_text('{"global_step": 12, "log_his')  # killed
     assert last_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-10")
     argv = ["--dataset", "digits", "--model", "vit_nano_patch2_8", "--output_dir", str(tmp_path / "out")]
     assert "pass --resume_from_checkpoint true to go on" in error_of(capsys, argv)
     assert (tmp_path / "out" / "checkpoint-2").is_dir()
+
+
+def test_a_checkpoint_of_which_a_part_is_gone_is_none(tmp_path):
+    """As after a kill while it was being deleted."""
+    argv = ["--recipe", "quickstart", "--output_dir", str(tmp_path), "--save_strategy", "steps", "--save_steps", "1"]
+    finetune([*argv, *SHORT, "--save_total_limit", "2"])
+    first, second = sorted(tmp_path.glob("checkpoint-*"))
+    assert is_whole(first)
+    assert is_whole(second)
+    (tmp_path / "checkpoint-averaged").mkdir()  # somebody's own
+    (tmp_path / "checkpoint-9").touch()
+    for part in ("optimizer.pt", "model.safetensors", "rng_state.pth"):
+        (second / part).rename(second / "elsewhere")
+        assert last_checkpoint(tmp_path) == str(first)
+        (second / "elsewhere").rename(second / part)
+    assert last_checkpoint(tmp_path) == str(second)
 
 
 def test_a_run_goes_on_where_it_ended(tmp_path, capsys):
@@ -264,7 +283,7 @@ def test_what_cannot_be_written_to_is_found_before_training(tmp_path, capsys):
     assert "output_dir '/proc/no/such' cannot be written to" in error_of(capsys, [*argv, "/proc/no/such"])
 
 
-def test_an_interrupted_run_says_how_to_go_on(tmp_path):
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys):
     argv = ["--recipe", "quickstart", "--output_dir", str(tmp_path), "--save_strategy", "steps", "--save_steps", "2"]
     command = [sys.executable, "-m", "trainers.finetune", *argv, "--disable_tqdm", "true"]
     log, deadline = tmp_path / "log", time.monotonic() + 120
@@ -282,7 +301,15 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path):
             process.kill()
     message = log.read_text()
     assert "Traceback" not in message
-    assert re.search(r"interrupted at step \d+: go on from .*checkpoint-\d+ by --resume_from_checkpoint true", message)
+    same = r"interrupted at step \d+: .*checkpoint-\d+ is complete: the same command goes on from there"
+    assert re.search(same, message)
+    differs = error_of(capsys, [*argv, "--learning_rate", "1e-4"])
+    assert "holds an unfinished run with no --disable_tqdm" not in differs
+    assert re.search(
+        r"holds an unfinished run with --learning_rate 0\.001, and now there is --learning_rate 0\.0001: "
+        r"pass --resume_from_checkpoint true to go on, --overwrite true to start again",
+        differs,
+    )
 
 
 def test_a_run_that_diverges_leaves_no_model(tmp_path, capsys):
@@ -640,7 +667,8 @@ def test_training_and_evaluation_see_the_same_pixels(options):
     processor = ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.1, 0.2, 0.3], **options)
     images = [Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8))]
     size, mean, std = read_processor(processor)
-    trained = Augmentation(AugmentationArguments(), mean, std)(Crop(AugmentationArguments(), size)(images))
+    crop, augmentation = Crop(AugmentationArguments(), size), Augmentation(AugmentationArguments(), mean, std)
+    trained = augmentation(crop(images, Draws.any(1)), Draws.any(1))
     torch.testing.assert_close(trained, processor_transform(processor)(images), rtol=0, atol=1e-6)
 
 

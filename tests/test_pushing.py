@@ -8,14 +8,13 @@ import sys
 import time
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from loopback_hub import WRITE_TOKEN, LoopbackHub
 from PIL import Image
 from safetensors.torch import load, load_file
-from tiny_models import random_images, tiny_model
+from tiny_models import PixelImages, random_images, tiny_model
 from transformers import ViTImageProcessor, set_seed
 
 from model_cards.facts import TrainingRun
@@ -35,11 +34,10 @@ def make_trainer(folder, **options) -> ViTTrainer:
     defaults |= {"save_strategy": "steps", "save_steps": 2, "disable_tqdm": True, "report_to": "none", "use_cpu": True}
     defaults |= {"push_to_hub": True, "hub_model_id": REPO, "ema_decay": 0.5}
     set_seed(0)
-    rows = {"pixel_values": random_images(32).numpy(), "labels": (torch.arange(32) % 5).tolist()}
     trainer = ViTTrainer(
         model=tiny_model(ViTCustomForImageClassification, "vit"),
         args=TrainingArguments(output_dir=str(folder), **{**defaults, **options}),
-        train_dataset=datasets.Dataset.from_dict(rows).with_format("torch"),
+        train_dataset=PixelImages(random_images(32), torch.arange(32) % 5),
         processing_class=ViTImageProcessor(size={"height": 32, "width": 32}),
         mixing=Mixing(0, 0, 1.0, 0.5, 5),
         criterion=Criterion(),

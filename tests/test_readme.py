@@ -11,14 +11,18 @@ from test_finetune import SHORT, checkpoint  # noqa: F401  (a fixture)
 
 from modeling_vit_custom.interpretability.__main__ import main as interpret
 from trainers.arguments import list_recipes
+from trainers.evaluate import main as evaluate
 from trainers.finetune import main as finetune
 from trainers.gallery import main as gallery
+from trainers.predict import main as predict
 from trainers.pretrain import main as pretrain
 
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
 SCRIPTS = {"finetune": finetune, "pretrain": pretrain, "gallery": gallery}
 COMMANDS = re.findall(r"^\.venv/bin/python -m trainers\.(\w+) (--recipe .*)$", README, re.MULTILINE)
+EVALUATIONS = re.findall(r"^\.venv/bin/python -m trainers\.evaluate (.*)$", README, re.MULTILINE)
+LAUNCHED = re.findall(r"^(?:\.venv/bin/)?(?:torchrun|accelerate launch|sbatch) .*$", README, re.MULTILINE)
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
@@ -55,6 +59,30 @@ def test_commands_run(script, line, place, hub):
         assert "model.safetensors" in hub.files("someone/digits")
     else:
         assert (place / made[script]).is_file()
+
+
+@pytest.mark.parametrize("line", EVALUATIONS, ids=["digits", "corruptions"])
+def test_evaluations_run(line, place):
+    line = line.replace("user/name", "runs/digits").replace("path/to/images", "digits")
+    evaluate([*line.split(), "--num_workers", "0", "--max_images", "20"])
+    folder = "runs/robustness" if "robustness" in line else "runs/evaluate"
+    assert (place / folder / "report.md").is_file()
+
+
+def test_predictions_are_made(place):
+    (line,) = re.findall(r"^\.venv/bin/python -m trainers\.predict (.*)$", README, re.MULTILINE)
+    predict(line.split())
+    assert len((place / "predictions.jsonl").read_text().splitlines()) == 20
+
+
+def test_launchers_find_their_configurations_and_scripts():
+    assert {line.split()[0].rpartition("/")[2] for line in LAUNCHED} == {"torchrun", "accelerate", "sbatch"}
+    for line in LAUNCHED:
+        files = [word for word in line.split() if word.startswith("trainers/")]
+        assert all((Path(__file__).parents[1] / file).is_file() for file in files)
+        script, recipe = re.search(r"-m trainers\.(\w+) --recipe (\w+)", line).groups()
+        assert script in SCRIPTS
+        assert recipe in list_recipes()
 
 
 def test_the_command_for_what_a_model_learnt_runs(place):

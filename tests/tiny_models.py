@@ -111,3 +111,17 @@ def main_output(model, images: Tensor) -> Tensor:
         outputs = model(images)
         return torch.cat([outputs.last_hidden_state.flatten(1), outputs.pooler_output], dim=1)
     return model(images).logits
+
+
+class PixelImages(torch.utils.data.Dataset):
+    """Pixels (N, C, H, W) and labels (N,) to train on, by the numbers of their sights."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor):
+        self.pixels, self.labels = pixels, labels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitems__(self, numbers: list[int]) -> dict:
+        rows = [number % len(self) for number in numbers]
+        return {"pixel_values": self.pixels[rows], "labels": self.labels[rows], "numbers": numbers}

@@ -5,9 +5,10 @@ import difflib
 import json
 import math
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar
 
@@ -246,7 +247,9 @@ class TrainingArguments(transformers.TrainingArguments):
     _argument_group_name: ClassVar[str] = "training"
 
     output_dir: str = field(default="runs/finetune", metadata={"help": "Where the model, card and figures go."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace a model that the output folder already holds."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace a model or a run that the output folder already holds."}
+    )
     num_train_epochs: float = field(default=10, metadata={"help": "Passes over the training images."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Images in a step on each device."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "The same for evaluation."})
@@ -329,6 +332,13 @@ class TrainingArguments(transformers.TrainingArguments):
             raise ValueError("dataloader_drop_last=True would leave images out of the evaluation")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop the images before they become inputs")
+        for name, usual in {
+            "auto_find_batch_size": False,
+            "data_seed": None,
+            "train_sampling_strategy": "random",
+        }.items():
+            if getattr(self, name) != usual:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not heeded here: leave it out")
         if self.hub_token is not None:
             raise ValueError("hub_token on a command line ends in logs and histories: run `hf auth login` instead")
         if self.hub_strategy in ("checkpoint", "all_checkpoints"):
@@ -442,6 +452,42 @@ class Parser(HfArgumentParser):
         raise ValueError(f"{message} (see --help)")
 
 
+def make_parser(program: str, description: str, examples: str) -> Parser:
+    """For a command that takes no dataclasses: texts as they are written, and errors of one line."""
+    return Parser(
+        (),
+        prog=program,
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_fields(parser: argparse.ArgumentParser, holder: type, **helps: str | None) -> None:
+    """Fields of a dataclass as a group of options of another command, with their types, defaults and help texts.
+
+    Args:
+        parser: Of that command.
+        holder: The dataclass.
+        helps: Names of the fields, with a help text where the dataclass's own does not fit.
+    """
+    group, given = parser.add_argument_group(holder._argument_group_name), {each.name: each for each in fields(holder)}
+    for name, text in helps.items():
+        default = given[name].default
+        if isinstance(default, bool):
+            # Such a field may stand alone here, and takes true or false as in the training scripts.
+            how = {"type": string_to_bool, "nargs": "?", "const": True, "metavar": "true|false"}
+        elif isinstance(default, (int, float)):
+            how = {"type": type(default), "metavar": "NUMBER"}
+        else:
+            how = {"metavar": "TEXT"}
+        shown = "" if default is None or default is False else f" ({default})"
+        text = (text or given[name].metadata["help"]).replace("%", "%%") + shown
+        flags = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
+        group.add_argument(*flags, default=default, help=text, **how)
+
+
 def parse_arguments(
     dataclasses: Sequence[type], argv: Sequence[str] | None, program: str, description: str, examples: str
 ) -> tuple:
@@ -549,9 +595,13 @@ def read_recipe(name: str) -> dict:
 
 def write_recipe(path: Path, fields: dict) -> None:
     """The inverse of `read_recipe`, less what is about one output folder, which the next run must not share."""
+    path.write_text(yaml.safe_dump(plain_recipe(fields), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def plain_recipe(fields: dict) -> dict:
+    """Fields as `read_recipe` gives them back."""
     own = ("output_dir", "overwrite", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_revision")
-    plain = {name: getattr(value, "value", value) for name, value in fields.items() if name not in own}
-    path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return {name: getattr(value, "value", value) for name, value in fields.items() if name not in own}
 
 
 def to_argv(fields: dict) -> list[str]:
@@ -568,6 +618,18 @@ def to_argv(fields: dict) -> list[str]:
         elif value not in (None, []):
             argv.append(f"--{name}={value}")
     return argv
+
+
+def check_writable(folder: Path, argument: str) -> None:
+    """Raises ValueError if a folder, which need not be there, cannot be written to: before hours of work."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{argument} {str(folder)!r} is a file: give a folder")
+    existing = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(f"{argument} {str(folder)!r} cannot be written to: {error.strerror}") from error
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Random changes of training images.
 
 A crop works on one decoded image, in the data loader's workers. All that comes after it works on a whole batch of
-8-bit images, each with parameters of its own, and therefore in the workers or on the training device alike.
+8-bit images, each with parameters of its own, and therefore in the workers or on the training device alike. All is
+drawn by `trainers.draws.Draws`, so that an image is changed in the same way whoever prepares it.
 """
 
 import math
@@ -17,6 +18,7 @@ from torchvision.transforms import v2
 
 from trainers import image_ops
 from trainers.arguments import INTERPOLATIONS, AugmentationArguments
+from trainers.draws import Draws
 
 
 class Crop:
@@ -36,14 +38,20 @@ class Crop:
             cut = v2.Resize(size, interpolation)
         self.change = v2.Compose([cut, v2.PILToTensor()])
 
-    def __call__(self, images: list[PIL.Image.Image]) -> Tensor:
-        return torch.stack([self.change(image) for image in images])
+    def __call__(self, images: list[PIL.Image.Image], draws: Draws) -> Tensor:
+        if not self.is_random:
+            return torch.stack([self.change(image) for image in images])
+        # torchvision asks PyTorch's own generator, which must be left as it was where models draw from it.
+        cropped = []
+        with torch.random.fork_rng(devices=[]):
+            for image, seed in zip(images, draws.integers(0, 2**32).tolist(), strict=True):
+                torch.default_generator.manual_seed(seed)
+                cropped.append(self.change(image))
+        return torch.stack(cropped)
 
 
 class Augmentation:
     """8-bit pixels (B, C, H, W) -> normalised pixels (B, C, H, W), each image changed by parameters of its own.
-
-    Parameters are drawn on the CPU, so that a seed gives the same ones wherever the pixels are.
 
     Raises:
         ValueError: if a probability or share is out of range, or there is no such policy.
@@ -55,30 +63,29 @@ class Augmentation:
         self.mean, self.std = torch.tensor(mean), torch.tensor(std)
         self.policy = make_policy(arguments.auto_augment) if arguments.auto_augment else None
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         arguments = self.arguments
         fill = (self.mean * 255).round().to(images.device)
-        pixels = (shift(images, arguments.crop_padding) if arguments.crop_padding else images).float()
+        pixels = (shift(images, arguments.crop_padding, draws) if arguments.crop_padding else images).float()
         if arguments.horizontal_flip:
-            flipped = _each(torch.rand(len(pixels)) < arguments.horizontal_flip).to(pixels.device)
+            flipped = _each(draws.rand() < arguments.horizontal_flip).to(pixels.device)
             pixels = torch.where(flipped, pixels.flip(3), pixels)
         if arguments.rotation or arguments.translation or arguments.zoom:
-            pixels = self.move(pixels)
+            pixels = self.move(pixels, draws)
         if self.policy is not None:
             warp = partial(image_ops.affine, fill=fill, interpolation=arguments.interpolation)
-            pixels = self.policy(pixels, warp)
+            pixels = self.policy(pixels, warp, draws)
         if arguments.color_jitter:
-            pixels = jitter_colors(pixels, arguments.color_jitter)
+            pixels = jitter_colors(pixels, arguments.color_jitter, draws)
         pixels = (pixels / 255 - _each_channel(self.mean, pixels)) / _each_channel(self.std, pixels)
-        return erase(pixels, arguments.erasing) if arguments.erasing else pixels
+        return erase(pixels, arguments.erasing, draws) if arguments.erasing else pixels
 
-    def move(self, pixels: Tensor) -> Tensor:
+    def move(self, pixels: Tensor, draws: Draws) -> Tensor:
         """Rotate, shift and scale in one go, black outside."""
-        size, count = tuple(pixels.shape[2:]), len(pixels)
-        degrees, right, down = (2 * torch.rand(3, count) - 1) * torch.tensor(
-            [[self.arguments.rotation], [self.arguments.translation * size[1]], [self.arguments.translation * size[0]]]
-        )
-        scale = 1 + (2 * torch.rand(count) - 1) * self.arguments.zoom
+        size, arguments = tuple(pixels.shape[2:]), self.arguments
+        most = (arguments.rotation, arguments.translation * size[1], arguments.translation * size[0], arguments.zoom)
+        degrees, right, down, zoom = ((2 * draws.rand(4) - 1) * torch.tensor(most)).unbind(1)
+        scale = 1 + zoom
         matrix = image_ops.rotate_and_scale(degrees, scale, size)
         matrix[:, :, 2] += torch.stack([right, down], dim=1)
         black = pixels.new_zeros(pixels.shape[1])
@@ -102,14 +109,14 @@ def check_arguments(arguments: AugmentationArguments) -> None:
         raise ValueError("zoom=1.0 would shrink an image to nothing: choose a smaller share")
 
 
-def shift(pixels: Tensor, padding: int) -> Tensor:
+def shift(pixels: Tensor, padding: int, draws: Draws) -> Tensor:
     """Crop each image (C, H, W) out of itself with `padding` mirrored pixels around, at a place of its own.
 
     The padded crop of CIFAR's recipes (https://arxiv.org/abs/1512.03385, section 4.2), mirrored as in DeiT III
     (https://arxiv.org/abs/2204.07118, section 3.2).
     """
     count, channels, height, width = pixels.shape
-    down, right = torch.randint(-padding, padding + 1, (2, count, 1))
+    down, right = (draws.integers(-padding, padding + 1)[:, None] for _ in range(2))
     rows = _mirror(torch.arange(height) + down, height).to(pixels.device)
     columns = _mirror(torch.arange(width) + right, width).to(pixels.device)
     pixels = pixels.gather(2, rows.view(count, 1, height, 1).expand(-1, channels, -1, width))
@@ -208,12 +215,11 @@ class RandAugment:
     def __init__(self, magnitude: float, magnitude_std: float = 0.0, num_operations: int = 2):
         self.magnitude, self.magnitude_std, self.num_operations = magnitude, magnitude_std, num_operations
 
-    def __call__(self, pixels: Tensor, warp: Warp) -> Tensor:
-        count = len(pixels)
+    def __call__(self, pixels: Tensor, warp: Warp, draws: Draws) -> Tensor:
         for _ in range(self.num_operations):
-            choice = torch.randint(len(RAND_AUGMENT), (count,))
-            level = (self.magnitude + self.magnitude_std * torch.randn(count)).clamp(0, 10) / 10
-            pixels = apply_levels(pixels, RAND_AUGMENT, choice, level, torch.rand(count) < 0.5, warp)
+            choice = draws.integers(0, len(RAND_AUGMENT))
+            level = (self.magnitude + self.magnitude_std * draws.randn()).clamp(0, 10) / 10
+            pixels = apply_levels(pixels, RAND_AUGMENT, choice, level, draws.rand() < 0.5, warp, draws)
         return pixels
 
 
@@ -226,12 +232,12 @@ class AutoAugment:
         table = [[(names.index(name), chance, level or 0) for name, chance, level in pair] for pair in pairs]
         self.table = torch.tensor(table, dtype=torch.float32)  # (pairs, 2, 3): operation, probability, level
 
-    def __call__(self, pixels: Tensor, warp: Warp) -> Tensor:
-        pair = self.table[torch.randint(len(self.table), (len(pixels),))]
+    def __call__(self, pixels: Tensor, warp: Warp, draws: Draws) -> Tensor:
+        pair = self.table[draws.integers(0, len(self.table))]
         for operation in pair.unbind(1):
             choice, chance, level = operation.unbind(1)
-            chosen = torch.rand(len(pixels)) < chance
-            pixels = apply_levels(pixels, AUTO_AUGMENT, choice.long(), level / 9, chosen, warp)
+            chosen = draws.rand() < chance
+            pixels = apply_levels(pixels, AUTO_AUGMENT, choice.long(), level / 9, chosen, warp, draws)
         return pixels
 
 
@@ -240,23 +246,29 @@ class ThreeAugment:
 
     operations = (image_ops.grayscale, image_ops.solarize, image_ops.gaussian_blur)
 
-    def __call__(self, pixels: Tensor, warp: Warp) -> Tensor:
-        choice = torch.randint(3, (len(pixels),))
-        sigma = 0.1 + 1.9 * torch.rand(len(pixels))
+    def __call__(self, pixels: Tensor, warp: Warp, draws: Draws) -> Tensor:
+        choice = draws.integers(0, 3)
+        sigma = 0.1 + 1.9 * draws.rand()
         return apply(pixels, self.operations, choice, torch.where(choice == 1, 128.0, sigma), warp)
 
 
 def apply_levels(
-    pixels: Tensor, table: dict[str, Operation], choice: Tensor, level: Tensor, chosen: Tensor, warp: Warp
+    pixels: Tensor,
+    table: dict[str, Operation],
+    choice: Tensor,
+    level: Tensor,
+    chosen: Tensor,
+    warp: Warp,
+    draws: Draws,
 ) -> Tensor:
     """To the chosen images (B,) their operation of the table at their level (B,), with random signs."""
     operations, arguments = zip(*table.values())
-    sign = torch.randint(2, choice.shape) * 2.0 - 1
+    sign = draws.integers(0, 2) * 2.0 - 1
     argument = torch.stack([argument(level, sign) for argument in arguments]).gather(0, choice[None])[0]
     return apply(pixels, operations, choice.where(chosen, -1), argument, warp)
 
 
-def make_policy(name: str) -> Callable[[Tensor, Warp], Tensor]:
+def make_policy(name: str) -> Callable[[Tensor, Warp, Draws], Tensor]:
     """`rand-m9-mstd0.5-inc1` (as in timm), `3a`, `imagenet` or `cifar10`.
 
     Raises:
@@ -272,32 +284,34 @@ def make_policy(name: str) -> Callable[[Tensor, Warp], Tensor]:
     return RandAugment(float(match["m"]), float(match["mstd"] or 0), int(match["n"] or 2))
 
 
-def jitter_colors(pixels: Tensor, strength: float) -> Tensor:
+def jitter_colors(pixels: Tensor, strength: float, draws: Draws) -> Tensor:
     """Brightness, contrast and saturation, in random order, by factors from 1 - strength to 1 + strength."""
     operations = (image_ops.brightness, image_ops.contrast, image_ops.color)
-    order = torch.rand(len(pixels), len(operations)).argsort(dim=1)
+    order = draws.rand(len(operations)).argsort(dim=1)
     for choice in order.unbind(1):
-        factor = 1 + strength * (2 * torch.rand(len(pixels)) - 1)
+        factor = 1 + strength * (2 * draws.rand() - 1)
         pixels = apply(pixels, operations, choice, factor, image_ops.affine)  # none of them moves anything
     return pixels
 
 
-def erase(pixels: Tensor, probability: float, attempts: int = 10) -> Tensor:
+def erase(pixels: Tensor, probability: float, draws: Draws, attempts: int = 10) -> Tensor:
     """Replace a rectangle by noise (https://arxiv.org/abs/1708.04896, "pixel mode") in normalised images.
 
     Its area is 2 to 33 % of the image, its aspect ratio 0.3 to 3.3; where no attempt fits, nothing is erased.
     """
-    count, height, width = pixels.shape[0], *pixels.shape[2:]
-    area = (0.02 + (1 / 3 - 0.02) * torch.rand(count, attempts)) * height * width
-    aspect = torch.exp((2 * torch.rand(count, attempts) - 1) * math.log(1 / 0.3))
+    height, width = pixels.shape[2:]
+    area = (0.02 + (1 / 3 - 0.02) * draws.rand(attempts)) * height * width
+    aspect = torch.exp((2 * draws.rand(attempts) - 1) * math.log(1 / 0.3))
     sides = torch.stack([(area * aspect).sqrt().round(), (area / aspect).sqrt().round()])
     fits = (sides[0] < height) & (sides[1] < width)
     first = fits.int().argmax(dim=1, keepdim=True)
     tall, wide = (side.gather(1, first)[:, 0] for side in sides)
-    erased = fits.any(dim=1) & (torch.rand(count) < probability)
-    top, left = (torch.rand(count) * (height - tall + 1)).floor(), (torch.rand(count) * (width - wide + 1)).floor()
+    erased = fits.any(dim=1) & (draws.rand() < probability)
+    top, left = (draws.rand() * (height - tall + 1)).floor(), (draws.rand() * (width - wide + 1)).floor()
     rows, columns = torch.arange(height), torch.arange(width)
     in_rows = (rows >= top[:, None]) & (rows < (top + tall)[:, None])
     in_columns = (columns >= left[:, None]) & (columns < (left + wide)[:, None])
-    mask = (in_rows[:, :, None] & in_columns[:, None, :] & erased[:, None, None]).to(pixels.device)
-    return torch.where(mask.unsqueeze(1), torch.randn_like(pixels), pixels)
+    mask = (in_rows[:, :, None] & in_columns[:, None, :])[erased].to(pixels.device)
+    places = erased.nonzero().flatten().to(pixels.device)
+    noise = draws[erased].randn(*pixels.shape[1:], device=pixels.device)
+    return pixels.index_copy(0, places, torch.where(mask.unsqueeze(1), noise, pixels[places]))

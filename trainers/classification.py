@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
-from torch.utils.data import Sampler
-from transformers import TrainerState, pipeline, set_seed
+from transformers import AutoModelForImageClassification, TrainerState, pipeline, set_seed
 
 from model_cards.facts import TrainingRun
 from model_cards.rendering import METRIC_TITLES, write_card
@@ -17,7 +16,6 @@ from trainers.arguments import (
     LossArguments,
     TrainingCommand,
     report_user_errors,
-    write_recipe,
 )
 from trainers.data import (
     LABEL,
@@ -25,7 +23,6 @@ from trainers.data import (
     TRAIN,
     VALIDATION,
     Splits,
-    collate,
     label_names,
     sample_images,
 )
@@ -43,7 +40,7 @@ from trainers.runs import (
     push,
     train,
 )
-from trainers.sampling import ClassBalancedSampler, RepeatedAugmentationSampler
+from trainers.sampling import BalancedOrder, RandomOrder, RepeatedOrder
 from trainers.teachers import Teacher
 from trainers.vit_trainer import ViTTrainer
 
@@ -57,7 +54,7 @@ def train_classifier(command: TrainingCommand) -> None:
     training_args = command.training
     with report_user_errors(command.program):
         check_given(command)
-        check_output_dir(training_args)
+        check_output_dir(command)
         set_seed(training_args.seed)
         splits = load_training_splits(command)
         model, processor = make_model(command.model, label_names(splits))
@@ -69,7 +66,6 @@ def train_classifier(command: TrainingCommand) -> None:
         trainer = ViTTrainer(
             model=model,
             args=training_args,
-            data_collator=collate,
             train_dataset=train_dataset,
             eval_dataset=evaluated.get(VALIDATION),
             processing_class=processor,
@@ -78,7 +74,7 @@ def train_classifier(command: TrainingCommand) -> None:
             augmentation=augmentation,
             mixing=make_mixing(command.augmentation, command.loss, model.config.num_labels),
             criterion=make_criterion(command.loss, counts),
-            sampler=make_sampler(command.augmentation, command.loss, labels, training_args.seed),
+            order=make_order(command.augmentation, command.loss, labels, training_args.seed),
             teacher=Teacher(command.loss, label_names(splits), mean, std, training_args.device, training_args.bf16)
             if command.loss.teacher
             else None,
@@ -92,7 +88,7 @@ def train_classifier(command: TrainingCommand) -> None:
 
     if trainer.is_world_process_zero():
         print(describe(f"{command.model.model}, {model.config.num_labels} classes", model, splits, training_args))
-    trained = train(trainer, command.program)
+    trained = train(trainer, command)
     trainer.save_metrics(TRAIN, trained.metrics)
     trainer.save_state()
 
@@ -110,9 +106,11 @@ def train_classifier(command: TrainingCommand) -> None:
     output_dir, judged = Path(training_args.output_dir), predictions[reported]
     results = {name.removeprefix(f"{reported}_"): value for name, value in judged.metrics.items()}
     known, count = facts(), training_args.card_images
-    with trainer.averaged_weights():
-        published = trainer.published_model().eval()
-        pictures, learnt = illustrate(published, processor, splits[reported], judged.predictions, count)
+    # From here on with what was saved, which may be the averaged weights, and is whole in one process.
+    published = AutoModelForImageClassification.from_pretrained(
+        output_dir, trust_remote_code=command.model.trust_remote_code
+    ).to(training_args.device)
+    pictures, learnt = illustrate(published.eval(), processor, splits[reported], judged.predictions, count)
     run = TrainingRun(
         **known,
         **learnt,
@@ -125,7 +123,6 @@ def train_classifier(command: TrainingCommand) -> None:
         calibration=calibration_bins(judged.predictions, judged.label_ids),
         examples=write_examples(output_dir, splits[reported], min(count, NUM_EXAMPLES)),
     )
-    write_recipe(output_dir / "recipe.yaml", command.given)
     write_card(output_dir, run, pictures, keep_edits=bool(training_args.resume_from_checkpoint))
     print(
         f"\n{reported} accuracy {results['accuracy']:.2%} after {known['wall_time']:.0f} s of training; "
@@ -200,10 +197,10 @@ def make_criterion(arguments: LossArguments, counts: torch.Tensor) -> Criterion:
     )
 
 
-def make_sampler(
+def make_order(
     arguments: AugmentationArguments, loss_arguments: LossArguments, labels: Sequence[int], seed: int
-) -> Sampler | None:
-    """The order of the training images; none for a random permutation.
+) -> RandomOrder:
+    """The order of the training images.
 
     Raises:
         ValueError: if images are to be seen less than once, or classes are to be balanced twice.
@@ -216,12 +213,12 @@ def make_sampler(
         }.items():
             if value:
                 raise ValueError(f"--class_balanced_sampling true does not go with --{name}: choose one of them")
-        return ClassBalancedSampler(labels, seed)
+        return BalancedOrder(labels, seed)
     if arguments.repeated_augmentation < 1:
         raise ValueError(f"repeated_augmentation={arguments.repeated_augmentation} must be at least 1")
     if arguments.repeated_augmentation > 1:
-        return RepeatedAugmentationSampler(len(labels), arguments.repeated_augmentation, seed)
-    return None
+        return RepeatedOrder(len(labels), arguments.repeated_augmentation, seed)
+    return RandomOrder(len(labels), seed)
 
 
 def show_predictions(

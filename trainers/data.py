@@ -1,10 +1,15 @@
 """Data sets of labelled images: where they come from, their splits and labels, and batches for the model."""
 
+import atexit
 import glob
+import multiprocessing.util  # whose own work at the exit must come after ours
+import os
 import re
+import signal
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,18 +23,19 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, I
 from datasets.exceptions import DatasetGenerationError
 from datasets.utils import tqdm
 from torch import Tensor
-from torchvision.transforms.v2 import Compose
-from transformers import BaseImageProcessor, default_data_collator
+from transformers import BaseImageProcessor
 from transformers.image_utils import load_image
 
 from trainers.arguments import DataArguments
 from trainers.augmentation import Augmentation, Crop
+from trainers.draws import Draws
 
 
 IMAGE, LABEL = "image", "label"
 # The last is what WebDataset shards call theirs.
 LABEL_NAMES = ("label", "labels", "class", "target", "cls")
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
+ALL = "all"  # of them together
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")  # what the library's reader knows
 BUILT_IN_TITLES = {"digits": "scikit-learn's handwritten digits"}
@@ -63,9 +69,7 @@ def load_splits(arguments: DataArguments, seed: int = 0, needs_labels: bool = Tr
         splits = _check_images(splits, arguments)
         return splits if VALIDATION in splits else _hold_out(splits, arguments, needs_labels)
     splits = _make_class_labels(splits, arguments)
-    if TEST in splits and len(splits[TEST]) and all(map(_is_missing, splits[TEST][LABEL])):
-        _announce(f"The {len(splits[TEST]):,} images of the test split have no labels: it is left out.")
-        del splits[TEST]
+    splits = _drop_unlabelled_test(splits)
     _check_labels(splits, arguments.dataset)
     splits = _check_images(splits, arguments)
     if VALIDATION not in splits:
@@ -75,57 +79,201 @@ def load_splits(arguments: DataArguments, seed: int = 0, needs_labels: bool = Tr
     return splits
 
 
+@dataclass(frozen=True)
+class EvaluatedSplit:
+    """Images to evaluate on.
+
+    Attributes:
+        name: What `load_evaluated` was asked for, or chose.
+        images: With columns `image` and `label`.
+        total: Images that these were drawn from; None of a stream.
+        is_held_out: Whether they are a share of train that was held out.
+    """
+
+    name: str
+    images: Dataset
+    total: int | None
+    is_held_out: bool
+
+
+def load_evaluated(
+    arguments: DataArguments, split: str | None = None, max_images: int | None = None, seed: int = 0
+) -> EvaluatedSplit:
+    """A split to evaluate on, with columns as `load_splits` gives them.
+
+    Of other splits nothing is decoded unless `validation` is held out of them, which takes the same images as training
+    does. A stream is read once; its images stay in memory, encoded.
+
+    Args:
+        arguments: As for training.
+        split: train, validation, test, or `all` of what there is; without it test, or else validation.
+        max_images: Take as many, drawn by `seed`; of a stream the first ones.
+
+    Raises:
+        ValueError: if there is no such split, or something is wrong with its images or labels.
+    """
+    name = arguments.dataset
+    splits = _name_splits(_load(arguments, needs_labels=True), name, needs_train=False)
+    splits = _name_columns(splits, arguments, needs_labels=True)
+    if not arguments.streaming:
+        splits = _make_class_labels(splits, arguments)
+        if split is None and len(splits) > 1:
+            splits = _drop_unlabelled_test(splits)
+    may_hold_out = TRAIN in splits and VALIDATION not in splits and not arguments.streaming
+    known = [each for each in (TRAIN, VALIDATION, TEST) if each in splits or (each == VALIDATION and may_hold_out)]
+    if split not in (None, ALL, *known):
+        raise ValueError(f"{name!r} has no split {split!r}: give one of {', '.join([*known, ALL])}")
+    if split is None:
+        split = next(each for each in (TEST, VALIDATION, TRAIN) if each in known)
+        if split == TRAIN:
+            raise ValueError(f"the stream {name!r} has no other split than {TRAIN}: pass --split {TRAIN}")
+    wanted, is_held_out = [each for each in splits if split in (each, ALL)], False
+    if arguments.streaming:
+        splits = DatasetDict({each: _read_stream(splits[each], max_images) for each in wanted})
+        splits = _make_class_labels(splits, arguments)
+    elif may_hold_out and split in (TRAIN, VALIDATION):
+        if split == VALIDATION and arguments.validation_fraction == 0:
+            raise ValueError(f"--validation_fraction 0 holds nothing out of {name!r}: pass --split {TRAIN} or {ALL}")
+        if arguments.validation_fraction > 0:
+            readable = _check_images(DatasetDict({TRAIN: splits[TRAIN]}), arguments)
+            splits = _hold_out(readable, arguments, needs_labels=True)
+            is_held_out = split == VALIDATION
+        wanted = [split]
+    images = datasets.concatenate_datasets([splits[each] for each in wanted])
+    unlabelled = sum(map(_is_missing, images[LABEL]))
+    if unlabelled:
+        raise ValueError(f"{unlabelled:,} of {len(images):,} images of split {split!r} of {name!r} have no label")
+    total = None if arguments.streaming else len(images)
+    if max_images is not None and max_images < len(images):
+        images = images.select(sorted(np.random.default_rng(seed).permutation(len(images))[:max_images].tolist()))
+    images = _check_images(DatasetDict({split: images}), arguments)[split]
+    if not len(images):
+        raise ValueError(f"split {split!r} of {name!r} holds no images: there is nothing to evaluate on")
+    return EvaluatedSplit(split, images, total, is_held_out)
+
+
+def _read_stream(stream: IterableDataset, count: int | None) -> Dataset:
+    rows = list(tqdm(islice(stream.cast_column(IMAGE, Image(decode=False)), count), desc="Reading images", leave=False))
+    return Dataset.from_list(rows, features=stream.features)
+
+
 def label_names(splits: Splits) -> list[str]:
     """Class names in the order of the class indices."""
     return list(splits[TRAIN].features[LABEL].names)
 
 
 def training_images(
-    split: Dataset | IterableDataset, crop: Crop, augmentation: Augmentation | None = None, on_corrupt: str = "error"
-) -> torch.utils.data.Dataset:
-    """What a model is trained on: `pixel_values` (C, H, W) and `labels`, to be collated by `collate`.
+    split: Dataset | IterableDataset,
+    crop: Crop,
+    augmentation: Augmentation | None = None,
+    seed: int = 0,
+    on_corrupt: str = "error",
+) -> "TrainingImages | StreamedImages":
+    """What a model is trained on: batches of `pixel_values` (B, C, H, W), `labels` and the images' `numbers`.
 
     Images that are not cropped at random are decoded once, if all of them fit into 1 GiB.
 
     Args:
         augmentation: Of the batches, where it is not left to the training device.
+        seed: Of all that is drawn.
         on_corrupt: As in `with_transform`.
     """
+    if isinstance(split, IterableDataset):
+        return StreamedImages(split, crop, augmentation, seed, on_corrupt)
     height, width = crop.size
-    is_fixed = isinstance(split, Dataset) and not crop.is_random
-    if is_fixed and len(split) * 3 * height * width <= MAX_BYTES_IN_MEMORY:
-        return ImagesInMemory(split, crop, augmentation)
-    return with_transform(split, crop if augmentation is None else Compose([crop, augmentation]), on_corrupt)
+    if not crop.is_random and len(split) * 3 * height * width <= MAX_BYTES_IN_MEMORY:
+        return ImagesInMemory(split, crop, augmentation, seed)
+    return TrainingImages(split, crop, augmentation, seed)
 
 
-class ImagesInMemory(torch.utils.data.Dataset):
-    """All images of a split, decoded and cropped once. A data loader gets its batches whole, not row by row."""
+class TrainingImages(torch.utils.data.Dataset):
+    """The images of a split by the numbers of their sights, see `trainers.sampling`: batches come whole."""
 
-    def __init__(self, split: Dataset, crop: Crop, augmentation: Augmentation | None = None):
-        self.labels = torch.tensor(split[LABEL][:]) if LABEL in split.features else None
-        self.pixels = torch.empty(len(split), 3, *crop.size, dtype=torch.uint8)
-        self.augmentation = augmentation
-        cropped = _map_images(lambda image: crop([decode(image)])[0], split, "Decoding train images")
-        for row, pixels in enumerate(cropped):
-            self.pixels[row] = pixels
+    def __init__(self, split: Dataset, crop: Crop, augmentation: Augmentation | None, seed: int):
+        self.rows = split.cast_column(IMAGE, Image(decode=False))
+        self.crop, self.augmentation, self.seed = crop, augmentation, seed
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        return len(self.rows)
 
-    def __getitem__(self, row: int) -> dict[str, Tensor]:
-        return {name: values[0] for name, values in self.__getitems__([row]).items()}
+    def __getitems__(self, numbers: list[int]) -> dict[str, Tensor]:
+        batch = self.read([number % len(self) for number in numbers], numbers)
+        return _finish(batch, self.augmentation, self.seed, numbers)
 
-    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
-        rows = torch.tensor(rows)
-        pixels = self.pixels[rows]
-        if self.augmentation is not None:
-            pixels = self.augmentation(pixels)
-        return {"pixel_values": pixels} | ({} if self.labels is None else {"labels": self.labels[rows]})
+    def read(self, rows: list[int], numbers: list[int]) -> dict[str, Tensor]:
+        """8-bit pixels (B, C, H, W), and labels (B,) if there are any."""
+        batch = self.rows[rows]
+        images = [decode(image) for image in batch[IMAGE]]
+        pixels = {"pixel_values": self.crop(images, Draws.of(self.seed, numbers, "crop"))}
+        return pixels | ({"labels": torch.tensor(batch[LABEL])} if LABEL in batch else {})
 
 
-def collate(rows: list[dict] | dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rows, or what is a batch already, as a batch."""
-    return rows if isinstance(rows, dict) else default_data_collator(rows)
+class ImagesInMemory(TrainingImages):
+    """The same, decoded once."""
+
+    def __init__(self, split: Dataset, crop: Crop, augmentation: Augmentation | None, seed: int):
+        super().__init__(split, crop, augmentation, seed)
+        self.labels = torch.tensor(split[LABEL][:]) if LABEL in split.features else None
+        self.pixels = torch.empty(len(split), 3, *crop.size, dtype=torch.uint8)
+        resized = _map_images(lambda image: crop([decode(image)], Draws.any(1))[0], split, "Decoding train images")
+        for row, pixels in enumerate(resized):
+            self.pixels[row] = pixels
+
+    def read(self, rows: list[int], numbers: list[int]) -> dict[str, Tensor]:
+        pixels = {"pixel_values": self.pixels[rows]}
+        return pixels if self.labels is None else pixels | {"labels": self.labels[rows]}
+
+
+class StreamedImages(torch.utils.data.Dataset):
+    """The images of a stream: batches of encoded rows with their numbers, from `trainers.streams`, are decoded."""
+
+    def __init__(
+        self, stream: IterableDataset, crop: Crop, augmentation: Augmentation | None, seed: int, on_corrupt: str
+    ):
+        self.stream = stream.cast_column(IMAGE, Image(decode=False))
+        self.read = _StreamReader(stream, on_corrupt)
+        self.crop, self.augmentation, self.seed = crop, augmentation, seed
+
+    def __getitems__(self, numbered: list[tuple[int, dict]]) -> dict[str, Tensor]:
+        numbers, rows = zip(*numbered)
+        kept, images, labels = self.read([row[IMAGE] for row in rows], [row.get(LABEL) for row in rows])
+        if not kept:
+            raise BrokenImageError(f"none of {len(rows)} images of the stream, one after the other, can be decoded")
+        numbers = [numbers[place] for place in kept]
+        batch = {"pixel_values": self.crop(images, Draws.of(self.seed, numbers, "crop"))}
+        batch |= {} if self.read.num_classes is None else {"labels": torch.tensor(labels)}
+        return _finish(batch, self.augmentation, self.seed, numbers)
+
+
+def _finish(batch: dict[str, Tensor], augmentation: Augmentation | None, seed: int, numbers: list[int]) -> dict:
+    # Numbers stay a list, which no one moves to a GPU: what follows from them is drawn by the processor.
+    if augmentation is not None:
+        batch["pixel_values"] = augmentation(batch["pixel_values"], Draws.of(seed, numbers, "augmentation"))
+    return batch | {"numbers": numbers}
+
+
+def as_it_comes(batch: dict) -> dict:
+    """For a data loader, which would make a batch of rows, where batches come whole."""
+    return batch
+
+
+def outlive_termination(_worker: int) -> None:
+    """How a data loader's workers begin: a notice to stop may reach all processes, and these are needed for a while.
+
+    The main process must call `kill_workers_at_exit`: the library would tell them to stop, and wait for ever.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def kill_workers_at_exit() -> None:
+    """Processes that this one has started go when it does, also after an error."""
+    atexit.register(_kill_workers)
+
+
+def _kill_workers() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would make an error of it
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def with_transform(
@@ -140,8 +288,7 @@ def with_transform(
     encoded = dataset.cast_column(IMAGE, Image(decode=False))
     if isinstance(dataset, Dataset):
         return encoded.with_transform(partial(_make_batch, transform=transform))
-    num_classes = dataset.features[LABEL].num_classes if LABEL in dataset.features else None
-    read = _StreamReader(transform, num_classes, on_corrupt)
+    read = partial(_make_stream_batch, transform=transform, read=_StreamReader(dataset, on_corrupt))
     return encoded.map(read, batched=True, batch_size=IMAGES_OF_STREAM, remove_columns=list(dataset.features))
 
 
@@ -150,26 +297,35 @@ def _make_batch(batch: dict, transform: Callable) -> dict:
     return {"pixel_values": transform([decode(image) for image in batch[IMAGE]])} | labels
 
 
+def _make_stream_batch(batch: dict, transform: Callable, read: "_StreamReader") -> dict:
+    _, images, labels = read(batch[IMAGE], batch.get(LABEL, [None] * len(batch[IMAGE])))
+    pixels = {"pixel_values": transform(images) if images else []}
+    return pixels if read.num_classes is None else pixels | {"labels": labels}
+
+
 class BrokenImageError(ValueError):
     """An image of a stream cannot be used."""
 
 
 class _StreamReader:
-    """Rows of a stream to what `_make_batch` makes of them, checked as they come."""
+    """Decodes what comes of a stream, and checks it."""
 
-    def __init__(self, transform: Callable, num_classes: int | None, on_corrupt: str):
-        self.transform, self.num_classes, self.on_corrupt = transform, num_classes, on_corrupt
-        self.skipped = set()
+    def __init__(self, stream: IterableDataset, on_corrupt: str):
+        self.num_classes = stream.features[LABEL].num_classes if LABEL in stream.features else None
+        self.on_corrupt, self.skipped = on_corrupt, set()
 
-    def __call__(self, batch: dict) -> dict:
-        images, labels = [], []
-        for encoded, label in zip(batch[IMAGE], batch.get(LABEL, [None] * len(batch[IMAGE]))):
-            name = (encoded or {}).get("path") or f"without a name, of label {label}"
+    def __call__(
+        self, encoded: Sequence[dict | None], classes: Sequence[int | None]
+    ) -> tuple[list[int], list[PIL.Image.Image], list[int | None]]:
+        """Places, images and labels of those that can be used."""
+        places, images, labels = [], [], []
+        for place, (image, label) in enumerate(zip(encoded, classes)):
+            name = (image or {}).get("path") or f"without a name, of label {label}"
             if self.num_classes is not None and (label is None or not 0 <= label < self.num_classes):
                 outside = f"outside 0..{self.num_classes - 1}"
                 raise BrokenImageError(f"image {name} of the stream has label {label}, {outside}")
             try:
-                images.append(decode(encoded))
+                images.append(decode(image))
             except ValueError as error:
                 if self.on_corrupt == "error":
                     message = f"image {name} of the stream {error}; --on_corrupt skip leaves it out"
@@ -178,9 +334,9 @@ class _StreamReader:
                     print(f"Image {name} of the stream {error}: it is left out.")
                     self.skipped.add(name)
             else:
+                places.append(place)
                 labels.append(label)
-        pixels = {"pixel_values": self.transform(images) if images else []}
-        return pixels if self.num_classes is None else pixels | {"labels": labels}
+        return places, images, labels
 
 
 def sample_images(split: Dataset | IterableDataset, count: int) -> list[tuple[PIL.Image.Image, int]]:
@@ -202,11 +358,14 @@ def decode(encoded: dict | None) -> PIL.Image.Image:
         raise ValueError("is missing")
     try:
         image = Image().decode_example(encoded)
+        converted = load_image(image)
     except Exception as error:  # Pillow's readers fail in many ways
-        raise ValueError(f"cannot be decoded ({' '.join(str(error).split())})") from error
+        # An address in memory says nothing, and is another one next time.
+        reason = re.sub(r"\s*<_io\.BytesIO object at 0x\w+>", "", str(error))
+        raise ValueError(f"cannot be decoded ({' '.join(reason.split())})") from error
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"has mode {image.mode}, which would be clipped: convert it to 8 bits a channel")
-    return load_image(image)
+    return converted
 
 
 def processor_transform(processor: BaseImageProcessor) -> Callable:
@@ -356,8 +515,12 @@ def _read_classes(root: Path) -> dict[str | None, list[Path]]:
 
 
 def _find_images(paths: Iterable[Path]) -> list[Path]:
-    suffixes = PIL.Image.registered_extensions()
-    return sorted(path for path in paths if path.suffix.lower() in suffixes and path.is_file())
+    return sorted(path for path in paths if has_image_suffix(path.name) and path.is_file())
+
+
+def has_image_suffix(name: str) -> bool:
+    """Whether a file of this name is taken for an image, one that Pillow knows how to read or to write."""
+    return os.path.splitext(name)[1].lower() in PIL.Image.registered_extensions()
 
 
 def _check_images(splits: DatasetDict, arguments: DataArguments) -> DatasetDict:
@@ -385,7 +548,7 @@ def _check_images(splits: DatasetDict, arguments: DataArguments) -> DatasetDict:
 
 def _find_faults(split: Dataset, description: str) -> dict[int, str]:
     """What is wrong with the images, by row. Each of several processes reads its share and hears of the others'."""
-    rank, world = _rank_and_world()
+    rank, world = rank_and_world()
     rows = range(rank, len(split), world)
     found = zip(rows, _map_images(_find_fault, split.select(rows), description))
     shares = [{row: fault for row, fault in found if fault is not None}] * world
@@ -394,7 +557,7 @@ def _find_faults(split: Dataset, description: str) -> dict[int, str]:
     return dict(sorted(item for share in shares for item in share.items()))
 
 
-def _rank_and_world() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """The number of this process and how many there are."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return 0, 1
@@ -403,7 +566,7 @@ def _rank_and_world() -> tuple[int, int]:
 
 def _announce(message: str) -> None:
     """Once, however many processes there are."""
-    if _rank_and_world()[0] == 0:
+    if rank_and_world()[0] == 0:
         print(message)
 
 
@@ -425,9 +588,9 @@ def _map_images(function: Callable, split: Dataset, description: str) -> Iterato
                 yield result
 
 
-def _name_splits(splits: Splits, name: str) -> Splits:
+def _name_splits(splits: Splits, name: str, needs_train: bool = True) -> Splits:
     """Only `train`, `validation` and `test`, in that order and under these names."""
-    if TRAIN not in splits:
+    if TRAIN not in splits and (needs_train or not splits.keys() & {*VALIDATION_NAMES, TEST}):
         if len(splits) > 1:
             raise ValueError(f"data set {name!r} has splits {', '.join(splits)} but no {TRAIN!r}")
         splits = type(splits)({TRAIN: next(iter(splits.values()))})
@@ -440,23 +603,28 @@ def _name_splits(splits: Splits, name: str) -> Splits:
 
 
 def _name_columns(splits: Splits, arguments: DataArguments, needs_labels: bool) -> Splits:
-    features = splits[TRAIN].features
+    features = next(iter(splits.values())).features
     if features is None:
         raise ValueError(f"the columns of {arguments.dataset!r} are not known before it is read: it cannot be streamed")
     images = [name for name, feature in features.items() if isinstance(feature, Image)]
-    image = _choose_column("image", arguments.image_column, images, features)
+    image = choose_column("image", arguments.image_column, images, features)
     labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     labels = labels or [name for name in LABEL_NAMES if name in features]
     if not needs_labels and (arguments.streaming or (arguments.label_column is None and len(labels) != 1)):
         splits = splits.select_columns(image)
         return splits if image == IMAGE else splits.rename_column(image, IMAGE)
-    label = _choose_column("label", arguments.label_column, labels, features)
+    label = choose_column("label", arguments.label_column, labels, features)
     splits = splits.select_columns([image, label])
     renamed = {old: new for old, new in ((image, IMAGE), (label, LABEL)) if old != new}
     return splits.rename_columns(renamed) if renamed else splits
 
 
-def _choose_column(kind: str, wanted: str | None, found: list[str], features) -> str:
+def choose_column(kind: str, wanted: str | None, found: list[str], features) -> str:
+    """The column asked for by `--{kind}_column`, or the only one found.
+
+    Raises:
+        ValueError: if there is no such column, or not just one of the kind.
+    """
     if wanted is not None and wanted not in features:
         raise ValueError(f"--{kind}_column {wanted!r} is no column of the data set: it has {', '.join(features)}")
     if wanted is None and len(found) != 1:
@@ -519,7 +687,7 @@ def read_class_names(file: str) -> list[str]:
 
 def _make_class_labels(splits: DatasetDict, arguments: DataArguments) -> DatasetDict:
     """Strings and integers become classes, numbered as in the file of class names, or else in their sorted order."""
-    feature, name = splits[TRAIN].features[LABEL], arguments.dataset
+    feature, name = next(iter(splits.values())).features[LABEL], arguments.dataset
     if isinstance(feature, ClassLabel) and arguments.class_names is None:
         return splits
     dtype = getattr(feature, "dtype", str(feature))
@@ -553,6 +721,13 @@ def _make_class_labels(splits: DatasetDict, arguments: DataArguments) -> Dataset
 
 def _is_missing(value: int | str | None) -> bool:
     return value is None or (isinstance(value, int) and value < 0)
+
+
+def _drop_unlabelled_test(splits: DatasetDict) -> DatasetDict:
+    if TEST in splits and len(splits[TEST]) and all(map(_is_missing, splits[TEST][LABEL])):
+        _announce(f"The {len(splits[TEST]):,} images of the test split have no labels: it is left out.")
+        del splits[TEST]
+    return splits
 
 
 def _check_labels(splits: DatasetDict, name: str) -> None:

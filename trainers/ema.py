@@ -8,6 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 
@@ -25,6 +27,11 @@ class Ema:
         self.averages: dict[str, Tensor] = {
             name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
         }
+
+    def distribute(self, model: PreTrainedModel) -> None:
+        """Divide the averages among the processes as the parameters are, once these are."""
+        for name, parameter in zip(self.averages, self.parameters(model)):
+            self.averages[name] = divide_like(self.averages[name], parameter.detach())
 
     @torch.no_grad()
     def update(self, model: PreTrainedModel) -> None:
@@ -50,16 +57,38 @@ class Ema:
             average.copy_(kept)
 
     def parameters(self, model: PreTrainedModel) -> list[Tensor]:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # after a forward pass alone, some would be whole
         named = dict(model.named_parameters())
         return [named[name] for name in self.averages]
 
-    def save(self, folder: str | Path) -> None:
-        averages = {name: average.contiguous() for name, average in self.averages.items()}
-        save_file(averages, Path(folder) / FILE, metadata={"steps": str(self.steps)})
+    def save(self, folder: str | Path, writes: bool = True) -> None:
+        """Call in all processes; those that do not write give their part."""
+        averages = {}
+        for name, average in self.averages.items():
+            whole = join(average)  # one at a time: all of them may not fit into one device
+            if writes:
+                averages[name] = whole.cpu().contiguous()
+        if writes:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            save_file(averages, Path(folder) / FILE, metadata={"steps": str(self.steps)})
 
     def load(self, folder: str | Path) -> None:
         """Raises OSError if there is no average in the folder."""
         with safe_open(Path(folder) / FILE, framework="pt") as file:
             for name, average in self.averages.items():
-                average.copy_(file.get_tensor(name))
+                average.copy_(divide_like(file.get_tensor(name).to(average.device), average))
             self.steps = int(file.metadata()["steps"])
+
+
+def divide_like(tensor: Tensor, model: Tensor) -> Tensor:
+    """The same values, divided among the processes where `model` is."""
+    if not isinstance(model, DTensor) or isinstance(tensor, DTensor):
+        return tensor
+    return distribute_tensor(tensor, model.device_mesh, model.placements)
+
+
+def join(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be divided among the processes."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from datasets import Image
 from transformers import set_seed
 
 from model_cards.figures import plot_images
@@ -18,7 +19,8 @@ from trainers.arguments import (
 )
 from trainers.augmentation import Augmentation, Crop
 from trainers.classification import make_mixing
-from trainers.data import TRAIN, load_splits, processor_transform, with_transform
+from trainers.data import IMAGE, TRAIN, decode, load_splits, processor_transform, with_transform
+from trainers.draws import Draws
 from trainers.image_ops import to_arrays
 from trainers.models import open_processor, read_processor
 
@@ -71,15 +73,15 @@ def main(argv: list[str] | None = None) -> None:
         few = train.select(torch.randperm(len(train))[: arguments.gallery_images].tolist())
         whole = torch.stack([row["pixel_values"] for row in with_transform(few, processor_transform(processor))])
         # Each view is a batch of all the images, since they are mixed with one another.
-        views = [
-            augmentation(torch.stack([row["pixel_values"] for row in with_transform(few, crop)]))
-            for _ in range(arguments.gallery_views)
-        ]
+        images, views = [decode(row) for row in few.cast_column(IMAGE, Image(decode=False))[IMAGE]], []
+        for _ in range(arguments.gallery_views):
+            views.append(augmentation(crop(images, Draws.any(len(few))), Draws.any(len(few))))
         columns = {"image": whole} | {f"view {number}": view for number, view in enumerate(views, start=1)}
         if pretraining_args.objective == "supervised" and (augmentation_args.mixup or augmentation_args.cutmix):
             mixing = make_mixing(augmentation_args, loss_args, num_labels=1)
             for number, view in enumerate(views, start=1):
-                columns[f"view {number}, mixed"], _ = mixing(view, torch.zeros(len(view), dtype=torch.long))
+                labels = torch.zeros(len(view), dtype=torch.long)
+                columns[f"view {number}, mixed"], _ = mixing(view, labels, Draws.any(len(view)))
         rows = zip(*(to_arrays(pixels, mean, std) for pixels in columns.values()))
         plot_images(list(rows), list(columns)).savefig(arguments.gallery, dpi=150)
     print(f"{arguments.gallery}: {len(few)} images at {size[0]} x {size[1]} pixels")

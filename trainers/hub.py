@@ -161,11 +161,19 @@ def upload(folder: Path, destination: Destination, message: str) -> CommitInfo:
         )
 
 
+def show_files(files: Mapping[str, Path], destination: str) -> None:
+    """What would go, with its size."""
+    print(f"To {destination}, those that differ from what is there:")
+    for name, path in files.items():
+        print(f"  {path.stat().st_size:>13,} bytes  {name}")
+    print(f"  {sum(path.stat().st_size for path in files.values()):>13,} bytes in {len(files)} files")
+
+
 def check_tag(destination: Destination, tag: str) -> None:
     """Raises RefusedError if a tag is there already, but for that of the newest version."""
     api, repo_id = HfApi(), destination.repo_id
     with explain_refusals(repo_id):
-        tags = {each.name: each.target_commit for each in api.list_repo_refs(repo_id).tags}
+        tags = list_tags(api, repo_id)
         if tag in tags and tags[tag] != api.repo_info(repo_id, revision=destination.revision).sha:
             raise RefusedError(f"there is a tag {tag!r} already, of another version: choose another one")
 
@@ -174,11 +182,16 @@ def add_tag(repo_id: str, tag: str, commit: str) -> None:
     """Raises RefusedError if the tag is at another commit already, or must not be made."""
     api = HfApi()
     with explain_refusals(repo_id):
-        tags = {each.name: each.target_commit for each in api.list_repo_refs(repo_id).tags}
+        tags = list_tags(api, repo_id)
         if tag in tags and tags[tag] != commit:
             raise RefusedError(f"the new version is there, but tag {tag!r} is of the one before: choose another one")
         if tag not in tags:
             api.create_tag(repo_id, tag=tag, revision=commit)
+
+
+def list_tags(api: HfApi, repo_id: str) -> dict[str, str]:
+    """Tags with their commits."""
+    return {each.name: each.target_commit for each in api.list_repo_refs(repo_id).tags}
 
 
 def add_to_collection(repo_id: str, collection: str) -> str:

@@ -71,16 +71,40 @@ def balanced_accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.nanmean(per_class_recall(logits, labels)))
 
 
+def negative_log_likelihoods(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Of each image's true class, (N,), in float64."""
+    _check_predictions(logits, labels)
+    logits = logits.astype(np.float64)
+    largest = logits.max(axis=-1)
+    chosen = np.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+    return np.log(np.exp(logits - largest[:, None]).sum(axis=-1)) + largest - chosen
+
+
+def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean over images of what cross-entropy is trained to lower, in nats."""
+    return float(negative_log_likelihoods(logits, labels).mean())
+
+
+def confidences(logits: np.ndarray) -> np.ndarray:
+    """Probability of each image's likeliest class, (N,), in float64."""
+    logits = logits.astype(np.float64)
+    return 1 / np.exp(logits - logits.max(axis=-1, keepdims=True)).sum(axis=-1)
+
+
+def calibration_bin(confidence: np.ndarray) -> np.ndarray:
+    """Number of the bin, from 0, that a confidence lies in; each has its upper edge."""
+    inner_edges = np.linspace(0, 1, CALIBRATION_BINS + 1)[1:-1]
+    return np.digitize(confidence, inner_edges, right=True)
+
+
 def calibration_bins(logits: np.ndarray, labels: np.ndarray) -> list[tuple[int, float, float]]:
     """Images, mean confidence and accuracy in each bin of confidence of equal width that is not empty.
 
-    https://arxiv.org/abs/1706.04599, section 2. Confidence is the probability of the likeliest class, in float64.
+    https://arxiv.org/abs/1706.04599, section 2. Confidence is the probability of the likeliest class.
     """
     _check_predictions(logits, labels)
-    logits = logits.astype(np.float64)
-    confidence = 1 / np.exp(logits - logits.max(axis=-1, keepdims=True)).sum(axis=-1)
-    inner_edges = np.linspace(0, 1, CALIBRATION_BINS + 1)[1:-1]
-    bins = np.digitize(confidence, inner_edges, right=True)
+    confidence = confidences(logits)
+    bins = calibration_bin(confidence)
     images, is_right = np.bincount(bins), logits.argmax(axis=-1) == labels
     sums = (np.bincount(bins, weights=confidence), np.bincount(bins, weights=is_right))
     filled = np.flatnonzero(images)
@@ -117,6 +141,7 @@ METRICS = {
     "balanced_accuracy": balanced_accuracy,
     "expected_calibration_error": expected_calibration_error,
     "confusion_matrix": count_confusions,
+    "loss": negative_log_likelihood,
 }
 
 

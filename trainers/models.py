@@ -195,6 +195,22 @@ def name_head(model: PreTrainedModel) -> set[str]:
     return {name for name in named if not name.startswith(f"{model.base_model_prefix}.")}
 
 
+def find_head(model: PreTrainedModel) -> nn.Module:
+    """The module that makes logits of what the encoder pooled, which is its first argument.
+
+    Raises:
+        ValueError: if the head's weights lie in several modules, or the model does not tell which they are.
+    """
+    head = name_head(model)
+    modules = {
+        name: {f"{name}.{key}" for key, _ in module.named_parameters()} for name, module in model.named_modules()
+    }
+    paths = [name for name, weights in modules.items() if head and weights == head]
+    if not paths:
+        raise ValueError(f"a {type(model).__name__} has no one head whose input would be its features")
+    return model.get_submodule(paths[-1])  # the innermost: what is around it may still change the shape
+
+
 def has_own_encoder(model: PreTrainedModel) -> bool:
     """False for those that hold their encoder under another name than they say, such as CLIP's classifier."""
     return model.base_model is not model
@@ -246,7 +262,10 @@ def adapt_processor(processor: BaseImageProcessor, arguments: ModelArguments) ->
     given = [name for name in ("normalization", "eval_interpolation", "eval_crop") if getattr(arguments, name)]
     if given and isinstance(processor, TimmWrapperImageProcessor):
         raise ValueError(f"--{given[0]}: a timm model's images are prepared as its own configuration says")
-    if arguments.image_size is not None:
+    if arguments.image_size is not None and isinstance(processor, TimmWrapperImageProcessor):
+        config = {**processor.data_config, "input_size": (3, arguments.image_size, arguments.image_size)}
+        processor = TimmWrapperImageProcessor(config, processor.architecture)
+    elif arguments.image_size is not None:
         side, shorter = arguments.image_size, dict(processor.size).get("shortest_edge")
         square = {"height": side, "width": side}
         if getattr(processor, "do_center_crop", False) and shorter:

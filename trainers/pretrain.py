@@ -26,15 +26,13 @@ from trainers.arguments import (
     TrainingCommand,
     parse_arguments,
     report_user_errors,
-    write_recipe,
 )
-from trainers.classification import make_sampler, train_classifier
+from trainers.classification import make_order, train_classifier
 from trainers.data import (
     LABEL,
     TEST,
     TRAIN,
     VALIDATION,
-    collate,
 )
 from trainers.illustrations import NUM_MEASURED, show_learnt
 from trainers.image_ops import to_arrays
@@ -94,7 +92,7 @@ def train_encoder(command: TrainingCommand, arguments: PretrainingArguments) -> 
     training_args, streaming = command.training, command.data.streaming
     with report_user_errors(command.program):
         check_given(command.given, arguments.objective)
-        check_output_dir(training_args)
+        check_output_dir(command)
         set_seed(training_args.seed)
         splits = load_training_splits(command, needs_labels=False)
         model, processor = make_model(command.model, auto_class=MASKED[arguments.objective])
@@ -108,12 +106,11 @@ def train_encoder(command: TrainingCommand, arguments: PretrainingArguments) -> 
         trainer = ViTTrainer(
             model=model,
             args=training_args,
-            data_collator=collate,
             train_dataset=train_dataset,
             eval_dataset=evaluated.get(judging),
             processing_class=processor,
             augmentation=augmentation,
-            sampler=make_sampler(command.augmentation, command.loss, labels, training_args.seed),
+            order=make_order(command.augmentation, command.loss, labels, training_args.seed),
             describe=lambda: TrainingRun(**facts()),
         )
 
@@ -125,7 +122,7 @@ def train_encoder(command: TrainingCommand, arguments: PretrainingArguments) -> 
 
     if trainer.is_world_process_zero():
         print(describe(f"{command.model.model}, {arguments.objective}", model, splits, training_args))
-    trained = train(trainer, command.program)
+    trained = train(trainer, command)
     trainer.save_metrics(TRAIN, trained.metrics)
     trainer.save_state()
     metrics = {} if judging is None else trainer.evaluate(metric_key_prefix=judging)
@@ -164,7 +161,6 @@ def train_encoder(command: TrainingCommand, arguments: PretrainingArguments) -> 
         evaluation_origin=None if judging is None else name_split(splits, judging),
         results=results,
     )
-    write_recipe(output_dir / "recipe.yaml", command.given)
     count = min(training_args.card_images, NUM_RECONSTRUCTIONS)
     if count:
         rows = show_reconstructions(model, torch.stack(seen[:count]), mean, std)

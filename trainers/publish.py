@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from trainers import hub
-from trainers.arguments import Parser, report_user_errors
+from trainers.arguments import make_parser, report_user_errors
 
 
 PROGRAM = "python -m trainers.publish"
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
             arguments = parse_arguments(argv)
             check(arguments)
         if arguments.dry_run:
-            show_files(arguments.folder, arguments.repo_id)
+            hub.show_files(hub.collect_files(arguments.folder), arguments.repo_id)
         else:
             publish(arguments)
     except hub.RefusedError as error:
@@ -54,14 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(
-        (),
-        prog=PROGRAM,
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser(PROGRAM, __doc__, EXAMPLES)
     parser.add_argument("folder", type=Path, metavar="OUTPUT_DIR", help="a folder that a training run left")
     parser.add_argument("repo_id", metavar="user/name", help="repository on the Hub, made if there is none")
     parser.add_argument(
@@ -121,14 +114,6 @@ def publish(arguments: argparse.Namespace) -> None:
     classifies = (config.get("architectures") or [""])[0].endswith("ForImageClassification")
     opened = f'pipeline("image-classification", {where})' if classifies else f"AutoModel.from_pretrained({where})"
     print(f"\nOpen it by transformers:\n  {opened}")
-
-
-def show_files(folder: Path, repo_id: str) -> None:
-    files = hub.collect_files(folder)
-    print(f"To {repo_id}, those that differ from what is there:")
-    for name, path in files.items():
-        print(f"  {path.stat().st_size:>13,} bytes  {name}")
-    print(f"  {sum(path.stat().st_size for path in files.values()):>13,} bytes in {len(files)} files")
 
 
 if __name__ == "__main__":

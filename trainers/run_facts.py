@@ -6,9 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from PIL.Image import Resampling
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainerState
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 from transformers.trainer_callback import ExportableState
@@ -21,6 +19,7 @@ from trainers.arguments import ModelArguments, TrainingCommand
 from trainers.data import BUILT_IN_TITLES, TRAIN, Splits
 from trainers.hub import hide_folder
 from trainers.models import read_processor
+from trainers.pace import count_flops
 from trainers.vit_trainer import ViTTrainer
 
 
@@ -124,16 +123,6 @@ def name_architecture(config: PreTrainedConfig) -> str | None:
     if config.use_distillation_token:
         return "deit"
     return "vit"
-
-
-def count_flops(model: PreTrainedModel, size: tuple[int, int]) -> int:
-    """Additions and multiplications of one image's forward pass."""
-    pixels = torch.zeros(1, model.config.num_channels, *size, device=model.device)
-    was_training = model.training
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(pixels, output_attentions=True)  # eager attention, whose products are all seen
-    model.train(was_training)
-    return counter.get_total_flops()
 
 
 def describe_stages(config: ViTCustomConfig) -> list[dict[str, str | int]]:

@@ -1,24 +1,32 @@
 """Training runs of any kind: their folders and data, and what may end them before their time."""
 
+import re
 import shlex
 import shutil
+import signal
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from transformers import BaseImageProcessor, PreTrainedModel, TrainerState
+from transformers import BaseImageProcessor, PreTrainedModel, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from model_cards.environment import code_commit, describe_hardware
+from model_cards.facts import RUN
 from trainers import ema
 from trainers.arguments import (
     AugmentationArguments,
     LossArguments,
     TrainingArguments,
     TrainingCommand,
+    check_writable,
+    plain_recipe,
+    read_recipe,
     report_user_errors,
+    write_recipe,
 )
 from trainers.augmentation import Augmentation, Crop
 from trainers.data import (
@@ -31,55 +39,120 @@ from trainers.data import (
     training_images,
     with_transform,
 )
-from trainers.hub import RefusedError
+from trainers.hub import RECIPE, RefusedError
 from trainers.models import read_processor
 from trainers.run_facts import Spent
-from trainers.vit_trainer import CheckpointNotReadError, CheckpointNotWrittenError, TrainingDivergedError, ViTTrainer
+from trainers.vit_trainer import (
+    CheckpointNotReadError,
+    CheckpointNotWrittenError,
+    Contents,
+    TrainingDivergedError,
+    ViTTrainer,
+)
 
 
-def check_output_dir(training_args: TrainingArguments) -> None:
-    """Refuse to replace a model that nobody said may go, and a folder that cannot be written to after hours of work.
+# What the libraries that connect processes say when one of them is gone.
+LOST_PROCESS = re.compile(
+    r"closed by (the )?(remote )?peer|reset by peer|[Bb]roken pipe|was (likely )?closed|ncclRemoteError|process exited"
+)
+
+
+def check_output_dir(command: TrainingCommand) -> None:
+    """What is in the output folder decides where a run starts, before hours of work.
+
+    An unfinished run of the same command is gone on with. Nothing is replaced that nobody said may go.
 
     Raises:
-        ValueError: if the output folder holds a model, and neither overwriting nor resuming was asked for, or if there
-            is no checkpoint to resume from, or the folder cannot be written to.
+        ValueError: if the output folder holds a model or another run, and neither overwriting nor resuming was asked
+            for, or if there is no checkpoint to resume from, or the folder cannot be written to.
     """
-    folder = Path(training_args.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir {str(folder)!r} is a file: give a folder")
-    if training_args.resume_from_checkpoint in ("true", "True"):
-        training_args.resume_from_checkpoint = last_checkpoint(folder)
-        if training_args.resume_from_checkpoint is None:
+    args = command.training
+    folder = Path(args.output_dir)
+    check_writable(folder, "output_dir")
+    if args.resume_from_checkpoint in ("true", "True"):
+        args.resume_from_checkpoint = last_checkpoint(folder)
+        if args.resume_from_checkpoint is None:
             raise ValueError(f"output_dir {str(folder)!r} holds no checkpoint to resume from")
-    checkpoint = training_args.resume_from_checkpoint
-    if checkpoint is not None:
-        state_file = Path(checkpoint) / "trainer_state.json"
-        if not state_file.exists():
-            raise ValueError(f"--resume_from_checkpoint {checkpoint!r} is no checkpoint: give true or its folder")
-        if not (Path(checkpoint) / "scheduler.pt").exists():
-            raise ValueError(f"{checkpoint!r} holds weights alone: fine-tune it by --model, or start again")
-        if training_args.ema_decay and not (Path(checkpoint) / ema.FILE).exists():
-            raise ValueError(f"{checkpoint!r} holds no averages: resume it with --ema_decay 0, as it was trained")
-        state = TrainerState.load_from_json(str(state_file))
-        steps, epochs = training_args.max_steps, training_args.num_train_epochs
-        if state.global_step >= steps if steps > 0 else state.epoch >= epochs:
-            raise ValueError(
-                f"{checkpoint!r} is {state.global_step} steps ({state.epoch:g} epochs) old: nothing is left to train"
-            )
-    if checkpoint is None and not training_args.overwrite:
-        if (folder / "config.json").exists():
-            raise ValueError(f"output_dir {str(folder)!r} already holds a model: pass --overwrite true or another one")
-        if any(folder.glob("checkpoint-*")):
-            raise ValueError(
-                f"output_dir {str(folder)!r} already holds checkpoints: pass --resume_from_checkpoint true to go on, "
-                "--overwrite true to start again, or another one"
-            )
-    existing = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise ValueError(f"output_dir {str(folder)!r} cannot be written to: {error.strerror}") from error
+    elif args.resume_from_checkpoint is None and not args.overwrite:
+        args.resume_from_checkpoint = find_unfinished(folder, command)
+    chosen = gather_object([args.resume_from_checkpoint])
+    if len(set(chosen)) > 1:
+        different = " and ".join(repr(each) for each in dict.fromkeys(chosen))
+        raise ValueError(f"processes would go on from {different}: all of them must see the same output_dir")
+    if args.resume_from_checkpoint is not None:
+        check_checkpoint(args)
+        keep_images_per_step(command)
+
+
+def find_unfinished(folder: Path, command: TrainingCommand) -> str | None:
+    """The last checkpoint of an unfinished run of the same command; none in a folder that holds nothing.
+
+    Raises:
+        ValueError: if the folder holds a model or another run.
+    """
+    there, checkpoint = f"output_dir {str(folder)!r}", last_checkpoint(folder)
+    if (folder / RUN).exists() or (checkpoint is None and (folder / "config.json").exists()):
+        raise ValueError(f"{there} already holds a model: pass --overwrite true or another one")
+    if checkpoint is None:
+        return None
+    choice = "pass --resume_from_checkpoint true to go on, --overwrite true to start again, or another output_dir"
+    if not (folder / RECIPE).exists():
+        raise ValueError(f"{there} already holds checkpoints: {choice}")
+    asked = plain_recipe(command.given)
+    begun = read_recipe(str(folder / RECIPE))
+    for name in [*asked, *begun]:
+        if asked.get(name) != begun.get(name):
+            one, other = (f"--{name} {each[name]}" if name in each else f"no --{name}" for each in (begun, asked))
+            raise ValueError(f"{there} holds an unfinished run with {one}, and now there is {other}: {choice}")
+    return checkpoint
+
+
+def check_checkpoint(args: TrainingArguments) -> None:
+    """Raises ValueError if a run cannot go on from the checkpoint that it was given."""
+    checkpoint = Path(args.resume_from_checkpoint)
+    if not is_whole(checkpoint):
+        raise ValueError(f"--resume_from_checkpoint {str(checkpoint)!r} is no checkpoint: give true or its folder")
+    if not (checkpoint / "scheduler.pt").exists():
+        raise ValueError(f"{str(checkpoint)!r} holds weights alone: fine-tune it by --model, or start again")
+    if args.ema_decay and not (checkpoint / ema.FILE).exists():
+        raise ValueError(f"{str(checkpoint)!r} holds no averages: resume it with --ema_decay 0, as it was trained")
+    state = read_state(checkpoint)
+    steps, epochs = args.max_steps, args.num_train_epochs
+    is_done = state.global_step >= steps if steps > 0 else state.epoch >= epochs
+    if is_done and (Path(args.output_dir) / RUN).exists():
+        raise ValueError(
+            f"{str(checkpoint)!r} is {state.global_step} steps ({state.epoch:g} epochs) old: nothing is left to train"
+        )
+
+
+def keep_images_per_step(command: TrainingCommand) -> None:
+    """A run that goes on with another number of processes takes as many images a step as before, or its steps, its
+    schedule and its place in the data would be others.
+
+    Raises:
+        ValueError: if it cannot, or was asked for another number.
+    """
+    args, folder = command.training, Path(command.training.output_dir)
+    before = Contents.read(read_state(Path(args.resume_from_checkpoint))).get("images_per_step")
+    now = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if before in (None, now):
+        return
+    begun = read_recipe(str(folder / RECIPE)) if (folder / RECIPE).exists() else {}
+    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    asked = plain_recipe(command.given)
+    if before % args.world_size or any(asked.get(name) != begun.get(name) for name in sizes):
+        raise ValueError(
+            f"{args.resume_from_checkpoint!r} is of a run with {before} images a step, and now there are {now}: choose "
+            "--per_device_train_batch_size and --gradient_accumulation_steps that make as many"
+        )
+    of_each = before // args.world_size
+    largest = next(size for size in range(min(args.train_batch_size, of_each), 0, -1) if of_each % size == 0)
+    args.per_device_train_batch_size, args.gradient_accumulation_steps = largest, of_each // largest
+    if args.base_learning_rate is not None:
+        args.learning_rate = args.base_learning_rate * before / 256
+    if args.should_save:
+        accumulated = f" x {of_each // largest} accumulated" if of_each > largest else ""
+        print(f"{before} images a step as before: {largest}{accumulated} on each of {args.world_size} processes")
 
 
 def load_training_splits(command: TrainingCommand, needs_labels: bool = True) -> Splits:
@@ -112,9 +185,8 @@ def prepare_images(
     size, mean, std = read_processor(processor)
     crop, augmentation = Crop(command.augmentation, size), Augmentation(command.augmentation, mean, std)
     on_device = command.augmentation.augment_on_device
-    train_dataset = training_images(
-        splits[TRAIN], crop, None if on_device else augmentation, on_corrupt=command.data.on_corrupt
-    )
+    in_workers = None if on_device else augmentation
+    train_dataset = training_images(splits[TRAIN], crop, in_workers, command.training.seed, command.data.on_corrupt)
     evaluated = {
         name: with_transform(split, processor_transform(processor), command.data.on_corrupt)
         for name, split in splits.items()
@@ -177,43 +249,125 @@ def describe(name: str, model: PreTrainedModel, splits: Splits, training_args: T
     return f"{name}: {model.num_parameters():,} parameters{of_them}\n{sizes} images; {length} on {hardware}"
 
 
-def train(trainer: ViTTrainer, program: str) -> TrainOutput:
+def train(trainer: ViTTrainer, command: TrainingCommand) -> TrainOutput:
     """What the Trainer reports; a run that cannot go on ends in one line.
 
     Raises:
-        SystemExit: after an interruption, a loss that is not finite, a broken image of a stream, or a checkpoint that
-            could not be written or read.
+        SystemExit: after an interruption, a loss that is not finite, a broken image of a stream, a checkpoint that
+            could not be written or read, or the end of another process of the run.
     """
-    args = trainer.args
+    args, program = trainer.args, command.program
     code_commit()  # what runs is what lies there now
     trainer.add_callback(Spent())
-    if args.overwrite and not args.resume_from_checkpoint and args.should_save:
-        for folder in Path(args.output_dir).glob("checkpoint-*"):
-            shutil.rmtree(folder)  # or an interrupted run would go on from another's
+    trainer.add_callback(StopOnTermination(args.world_size))
+    if args.should_save:
+        clean_output_dir(args)
+        write_recipe(Path(args.output_dir) / RECIPE, command.given)
+    if args.resume_from_checkpoint and trainer.is_world_process_zero():
+        print(f"Going on from {args.resume_from_checkpoint}")
     try:
         output = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     except KeyboardInterrupt:
-        saved = last_checkpoint(args.output_dir)
-        further = f"go on from {saved} by --resume_from_checkpoint true" if saved else "nothing was saved yet"
-        print(f"\n{program}: interrupted at step {trainer.state.global_step}: {further}", file=sys.stderr)
+        print(f"\n{program}: interrupted at step {trainer.state.global_step}: {how_to_go_on(command)}", file=sys.stderr)
         raise SystemExit(130) from None
+    except TerminatedError:
+        if trainer.is_world_process_zero():
+            step = trainer.state.global_step
+            print(f"\n{program}: told to stop (SIGTERM) at step {step}: {how_to_go_on(command)}", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from None
     except TrainingDivergedError as error:
         saved = last_checkpoint(args.output_dir)
         kept = f"{saved} is from before" if saved else "nothing was saved before"
         raise SystemExit(f"{program}: error: training diverged, {error}; {kept}: lower --learning_rate") from error
     except CheckpointNotWrittenError as error:
-        saved = last_checkpoint(args.output_dir)
-        kept = (
-            f"{saved} is complete: go on from it by --resume_from_checkpoint true" if saved else "there is none before"
-        )
-        raise SystemExit(f"{program}: error: {error}; {kept}") from error
+        raise SystemExit(f"{program}: error: {error}; {how_to_go_on(command)}") from error
     except (CheckpointNotReadError, BrokenImageError) as error:
         # A worker's comes with its traceback as its text.
         *_, last = str(error).splitlines()
         print(file=sys.stderr)  # the progress bar's line has no end
         with report_user_errors(program):
             raise ValueError(last.partition("BrokenImageError: ")[2] or last) from error
+    except RuntimeError as error:
+        if args.world_size == 1 or not LOST_PROCESS.search(str(error)):
+            raise
+        lost = f"lost another process of the run at step {trainer.state.global_step}, whose own message says why"
+        *_, said = str(error).splitlines()
+        raise SystemExit(f"\n{program}: error: {lost} ({said}); {how_to_go_on(command)}") from error
+    if args.resume_from_checkpoint and "train_loss" in output.metrics and output.training_loss == 0:
+        del output.metrics["train_loss"]  # nothing was left to train
     return output
+
+
+def clean_output_dir(args: TrainingArguments) -> None:
+    """Takes away what would be taken for a part of the run: checkpoints of an older one, those that were given up by
+    going back to an earlier one, and half-written ones."""
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    start = args.resume_from_checkpoint and read_state(Path(args.resume_from_checkpoint)).global_step
+    for step, checkpoint in list_checkpoints(folder).items():
+        if start is None or step > start or not is_whole(checkpoint):
+            shutil.rmtree(checkpoint)
+    (folder / RUN).unlink(missing_ok=True)  # what is there is unfinished from now on
+
+
+def how_to_go_on(command: TrainingCommand) -> str:
+    """The end of a message on a run that ended before its time."""
+    args = command.training
+    saved = last_checkpoint(args.output_dir)
+    if saved is None:
+        return "nothing was saved yet"
+    if args.save_only_model:
+        return f"{saved} holds weights alone: fine-tune it by --model"
+    again = "the same command"
+    if args.overwrite:
+        again += ", with --resume_from_checkpoint true in place of --overwrite,"
+    elif command.given.get("resume_from_checkpoint") not in (None, "true", "True"):
+        again += ", with --resume_from_checkpoint true,"
+    return f"{saved} is complete: {again} goes on from there"
+
+
+class TerminatedError(Exception):
+    """A run was told to stop, and did so after a checkpoint."""
+
+
+class StopOnTermination(TrainerCallback):
+    """After SIGTERM, a scheduler's notice, a checkpoint is saved at the end of the step, and nothing else is done.
+
+    An evaluation that goes on comes to its end before; one that would be next is left out. The Trainer's own
+    `enable_jit_checkpoint` waits for three seconds, and saves while other processes train on.
+
+    Raises:
+        TerminatedError: in all processes, when the checkpoint is there.
+    """
+
+    def __init__(self, world_size: int):
+        self.was_told, self.is_stopping, self.previous = False, False, None
+        # NCCL would make the processor wait for the GPU at every step.
+        self.group = torch.distributed.new_group(backend="gloo") if world_size > 1 else None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.previous = signal.signal(signal.SIGTERM, self._hear)
+
+    def _hear(self, _number, _frame) -> None:
+        self.was_told = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # Processes hear of it at different steps, and must save the same one.
+        told = torch.tensor(int(self.was_told))
+        if self.group is not None:
+            torch.distributed.all_reduce(told, group=self.group)
+        if told:
+            # An evaluation could take longer than the notice lasts.
+            self.is_stopping = control.should_save = True
+            control.should_evaluate = False
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.is_stopping:
+            self.on_train_end(args, state, control)
+            raise TerminatedError
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if self.previous is None else self.previous)
 
 
 def push(trainer: ViTTrainer, program: str) -> None:
@@ -235,7 +389,26 @@ def push(trainer: ViTTrainer, program: str) -> None:
         ) from error
 
 
+def list_checkpoints(folder: Path) -> dict[int, Path]:
+    """Folders of checkpoints by their step, whole or not."""
+    names = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*"))
+    return {int(match[1]): path for match, path in names if match and path.is_dir()}
+
+
 def last_checkpoint(folder: str | Path) -> str | None:
     """The newest checkpoint that was written to its end."""
-    states = Path(folder).glob("checkpoint-*/trainer_state.json")
-    return max((str(state.parent) for state in states), key=lambda path: int(path.rpartition("-")[2]), default=None)
+    whole = {step: path for step, path in list_checkpoints(Path(folder)).items() if is_whole(path)}
+    return str(whole[max(whole)]) if whole else None
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end, which is the Trainer's state, and nothing of it was deleted."""
+    try:
+        state = read_state(checkpoint)
+    except (OSError, TypeError, ValueError):
+        return False
+    return all((checkpoint / name).exists() for name in Contents.read(state).get("files", ()))
+
+
+def read_state(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))

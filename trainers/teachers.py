@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from trainers.arguments import LossArguments
+from trainers.inference import match_classes
 from trainers.models import check_is_model, read_processor
 
 
@@ -36,18 +37,11 @@ class Teacher:
         self.model = AutoModelForImageClassification.from_pretrained(arguments.teacher, dtype=torch.float32, **origin)
         self.model = self.model.requires_grad_(False).eval().to(device)
         names = [str(self.model.config.id2label[index]) for index in range(self.model.config.num_labels)]
-        if arguments.teacher_labels_by_index and len(names) == len(labels):
-            names = list(labels)
-        if sorted(names) != sorted(labels):
-            strange = sorted(set(labels) - set(names))
-            number = "other" if len(names) == len(labels) else f"{len(names)}"
-            message = f"teacher {arguments.teacher!r} has {number} classes, not the data set's {len(labels)}"
-            if strange:
-                message += f": it does not know {strange[0]!r}"
-            if len(names) == len(labels):
-                message += "; if they are the same in the same order, pass --teacher_labels_by_index true"
-            raise ValueError(message)
-        self.order = torch.tensor([names.index(label) for label in labels], device=device)
+        teacher, by_index = f"teacher {arguments.teacher!r}", arguments.teacher_labels_by_index
+        order = match_classes(names, labels, by_index, teacher, "--teacher_labels_by_index true")
+        if len(names) > len(labels):
+            raise ValueError(f"{teacher} has {len(names):,} classes, not the data set's {len(labels):,}")
+        self.order = torch.tensor(order, device=device)
         self.size, own_mean, own_std = read_processor(processor)
         mean, std, own_mean, own_std = (
             torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std, own_mean, own_std)

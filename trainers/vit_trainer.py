@@ -6,32 +6,52 @@ and optimizers, samplers, averaged weights, and what changes in the course of a 
 
 import copy
 import math
+import re
 import shutil
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import CommitInfo, HfApi
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.utils.data import Sampler
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, get_scheduler, set_seed
-from transformers.trainer_utils import HubStrategy
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    get_scheduler,
+    set_seed,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import HubStrategy, has_length
 
 from model_cards.facts import TrainingRun
 from model_cards.rendering import write_card
 from modeling_vit_custom.modeling_vit_custom import PatchDropout
 from trainers import hub
 from trainers.arguments import TrainingArguments
+from trainers.data import StreamedImages, as_it_comes, kill_workers_at_exit, outlive_termination
+from trainers.draws import Draws
 from trainers.ema import Ema
 from trainers.losses import Criterion, Targets
 from trainers.mixing import Mixing
 from trainers.optim import make_optimizer, parameter_groups
-from trainers.sampling import EpochSampler
+from trainers.pace import LogLines, LogLinesAboveBar, Pace
+from trainers.sampling import EpochBatches, RandomOrder
+from trainers.streams import StreamBatches
 
 
 PROVISIONAL = "provisional"  # of the output folder: what was pushed last while training goes on
@@ -52,15 +72,43 @@ class CheckpointNotReadError(Exception):
         super().__init__(f"{checkpoint} is of another {' '.join(another.split())}: resume with the arguments it had")
 
 
+class Contents(TrainerCallback, ExportableState):
+    """In the Trainer's state: the files of its checkpoint, without which it is none, and the images of a step.
+
+    Attributes:
+        images_per_step: Of all processes and accumulated batches.
+        files: Names in the checkpoint that is being written.
+    """
+
+    def __init__(self, images_per_step: int):
+        self.images_per_step, self.files = images_per_step, []
+
+    @classmethod
+    def read(cls, state: TrainerState) -> dict:
+        """`images_per_step` and `files`; empty of a checkpoint that does not say."""
+        return state.stateful_callbacks.get(cls.__name__, {}).get("attributes", {})
+
+    def list_files(self, folder: Path) -> None:
+        names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        self.files = sorted(name for name in names if name != TRAINER_STATE_NAME)
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"images_per_step": self.images_per_step, "files": self.files}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.stateful_callbacks[type(self).__name__] = self.state()
+
+
 class ViTTrainer(Trainer):
     """Trains an image classifier, or an encoder by a loss of its own.
 
     Args:
+        train_dataset: See `trainers.data.training_images`.
         augmentation: 8-bit pixels (B, C, H, W) to normalised ones, on the device; none where workers did it.
         mixing: Normalised pixels and classes to mixed pixels and class probabilities; none where labels mean nothing.
         criterion: The loss of a classifier; without one the model's own.
         teacher: Pixels to logits (B, L), without gradients.
-        sampler: The order of the training images; a random permutation by default.
+        order: Of the training images, if they are no stream; a random permutation by default.
         describe: What is known of the run so far, for the card of what is pushed to the Hub while it goes on.
 
     Raises:
@@ -74,9 +122,9 @@ class ViTTrainer(Trainer):
         *,
         mixing: Mixing | None = None,
         criterion: Criterion | None = None,
-        augmentation: Callable[[Tensor], Tensor] | None = None,
+        augmentation: Callable[[Tensor, Draws], Tensor] | None = None,
         teacher: Callable[[Tensor], Tensor] | None = None,
-        sampler: Sampler | None = None,
+        order: RandomOrder | None = None,
         describe: Callable[[], TrainingRun] | None = None,
         **kwargs,
     ):
@@ -86,10 +134,18 @@ class ViTTrainer(Trainer):
             raise ValueError("push_to_hub=True needs describe, for the card of what is pushed")
         self.describe, self.push = describe, None
         super().__init__(model, args, compute_loss_func=criterion, **kwargs)
-        self.augmentation, self.mixing, self.teacher, self.sampler = augmentation, mixing, teacher, sampler
+        self.augmentation, self.mixing, self.teacher = augmentation, mixing, teacher
+        self.batches = None if self.train_dataset is None else self.make_batches(order)
         self.ema = Ema(self.model, self.args.ema_decay) if self.args.ema_decay else None
         self.image_size: tuple[int, int] | None = None  # to train at, if not the one that images come in
+        self.pace: Pace | None = None  # of training, while it goes on
+        kill_workers_at_exit()
+        self.contents = Contents(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
+        self.add_callback(self.contents)
         self.add_callback(_Phases(self))
+        for theirs in (PrinterCallback, ProgressCallback):
+            self.remove_callback(theirs)
+        self.add_callback(LogLines if args.disable_tqdm else LogLinesAboveBar)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -100,11 +156,35 @@ class ViTTrainer(Trainer):
         self.args.lr_scheduler_kwargs = schedule_options(self.args, num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
-        return self.sampler or super()._get_train_sampler(train_dataset)
+    def make_batches(self, order: RandomOrder | None) -> EpochBatches | StreamBatches:
+        """Which images this process sees when."""
+        args, images = self.args, self.train_dataset
+        shared = (args.per_device_train_batch_size, args.process_index, args.world_size)
+        if isinstance(images, StreamedImages):
+            return StreamBatches(images.stream, *shared)
+        return EpochBatches(order or RandomOrder(len(images), args.seed), *shared)
+
+    def get_train_dataloader(self) -> DataLoader:
+        args = self.args
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.batches,
+            collate_fn=as_it_comes,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context if args.dataloader_num_workers else None,
+            worker_init_fn=outlive_termination,
+        )
+        # The batches are this process's already: nothing is left to divide.
+        return prepare_data_loader(
+            loader, args.device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
+        )
 
     def _prepare_inputs(self, inputs: dict) -> dict:
         # Before the autocast of the loss: coordinates and colours need their precision.
+        numbers = inputs.pop("numbers", None)  # of training images alone
         inputs = super()._prepare_inputs(inputs)
         if self.mixing is None:
             inputs = {"pixel_values": inputs["pixel_values"]}
@@ -112,25 +192,53 @@ class ViTTrainer(Trainer):
             return inputs
         pixels = inputs["pixel_values"]
         if self.augmentation is not None:
-            pixels = self.augmentation(pixels)
+            pixels = self.augmentation(pixels, Draws.of(self.args.seed, numbers, "augmentation"))
         if self.image_size is not None:
             pixels = F.interpolate(pixels, self.image_size, mode="bilinear", antialias=True)
+        self.pace.count(pixels)
         if self.mixing is None:
             return {"pixel_values": pixels}
-        pixels, probabilities = self.mixing(pixels, inputs["labels"])
+        draws = Draws.of(self.args.seed, numbers, "mixing")
+        pixels, probabilities = self.mixing(pixels, inputs["labels"], draws)
         teacher_logits = None if self.teacher is None else self.teacher(pixels)
         return {"pixel_values": pixels, "labels": Targets(probabilities, teacher_logits)}
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        # As the Trainer does; counting the images waits for other processes, not for data.
+        batches = []
+        with self.pace.waiting():
+            for batch in islice(epoch_iterator, num_batches):
+                batches.append(batch)
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.pace is not None and "loss" in logs:
+            logs |= self.pace.report(self.state.global_step, self.state.max_steps)
+        super().log(logs, start_time)
 
     def averaged_weights(self) -> AbstractContextManager:
         """The averaged weights in the model's place, if there are any."""
         return nullcontext() if self.ema is None else self.ema.in_place(self.model)
 
-    def evaluation_loop(self, *args, **kwargs):
+    def evaluation_loop(self, dataloader: DataLoader, *args, metric_key_prefix: str = "eval", **kwargs):
         # Whatever is drawn at random, such as masks, is the same at each evaluation, and training goes on as without.
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with self.averaged_weights(), torch.random.fork_rng(devices):
+        pausing = self.pace.pausing() if self.is_in_train else nullcontext()
+        with pausing, self.averaged_weights(), torch.random.fork_rng(devices):
             torch.manual_seed(self.args.seed)
-            return super().evaluation_loop(*args, **kwargs)
+            self.losses = None if has_length(dataloader) else []
+            dataloader.base_dataloader.worker_init_fn = outlive_termination
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # Of a stream, the Trainer takes the last batch for a full one.
+        if self.losses:
+            output.metrics[f"{metric_key_prefix}_loss"] = torch.cat(self.losses).mean().item()
+        return output
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        if loss is not None and self.losses is not None:
+            self.losses.append(self.accelerator.gather_for_metrics(loss.repeat(len(inputs["pixel_values"]))))
+        return loss, logits, labels
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         # A checkpoint keeps the weights to go on from, with the averages beside them.
@@ -212,26 +320,50 @@ class ViTTrainer(Trainer):
         return output
 
     def check_weights(self) -> None:
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+        # Of weights that are divided among the processes, each looks at its own.
+        own = (each.to_local() if isinstance(each, DTensor) else each for each in self.model.parameters())
+        is_finite = torch.tensor([all(each.isfinite().all() for each in own)], device=self.args.device)
+        if not self.accelerator.gather(is_finite).all():
             raise TrainingDivergedError(f"weights are not finite at step {self.state.global_step}")
 
     def _save_checkpoint(self, model, trial) -> None:
         self.check_weights()
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        self.contents.files = []
         try:
-            # The Trainer's state comes last: a folder that holds it is complete.
-            if self.ema is not None and self.args.should_save:
-                folder.mkdir(parents=True, exist_ok=True)
-                self.ema.save(folder)
-            super()._save_checkpoint(model, trial)
+            with self.pace.pausing():
+                (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # until it is written, nothing there counts
+                if self.ema is not None:
+                    self.ema.save(folder, self.args.should_save)
+                super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(folder, ignore_errors=True)
+            # PyTorch says in this way that it could not write; all other such errors are something else.
+            if isinstance(error, RuntimeError) and not re.search("inline_container|PytorchStreamWriter", str(error)):
+                raise
+            if self.args.should_save and not (folder / TRAINER_STATE_NAME).exists():
+                shutil.rmtree(folder, ignore_errors=True)
             free, reason = shutil.disk_usage(self.args.output_dir).free, " ".join(str(error).split())
             raise CheckpointNotWrittenError(
                 f"{folder} could not be written, with {free / 1e9:.1f} GB left on the disk ({reason})"
             ) from error
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if isinstance(self.batches, StreamBatches):
+            self.batches.save(output_dir, self._count_batches(self.state))
+        # The Trainer's state, which says that a checkpoint is complete, comes after the files of all processes.
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.contents.list_files(Path(output_dir))
+
+    def _count_batches(self, state: TrainerState) -> int:
+        """Of each process, until now."""
+        return state.global_step * self.args.gradient_accumulation_steps
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if isinstance(self.batches, StreamBatches):
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, TRAINER_STATE_NAME)))
+            self.batches.load(resume_from_checkpoint, self._count_batches(state))
         self._load_weights(
             resume_from_checkpoint, lambda: super(ViTTrainer, self)._load_from_checkpoint(resume_from_checkpoint, model)
         )
@@ -291,20 +423,22 @@ class _Phases(TrainerCallback):
         self.patch_dropouts = [module for module in trainer.model.modules() if isinstance(module, PatchDropout)]
         self.patch_dropout_rates = [module.rate for module in self.patch_dropouts]
 
-    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        self.trainer.pace = Pace(self.trainer.model, args.device, dtype, args.world_size)
         # A stream does not know its length, and nothing is asked of it that would need one.
         if isinstance(self.trainer.train_dataset, Sized):
             self.steps_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
-        # Each process draws for its own images; the order of all images is drawn before.
+        if self.trainer.ema is not None:
+            self.trainer.ema.distribute(self.trainer.model)
+        # What the model drops is drawn by each process for itself.
         if args.process_index:
             set_seed(args.seed + args.process_index)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        # A pass through a stream may end in the middle of an accumulation, whose gradients no step takes.
-        self.trainer.model.zero_grad()
-        # In the middle of an epoch a resumed run with several processes does not say which one it is.
-        if isinstance(self.trainer.sampler, EpochSampler):
-            self.trainer.sampler.set_epoch(state.global_step // self.steps_per_epoch)
+        # In the middle of an epoch a resumed run does not say which one it is.
+        if isinstance(self.trainer.batches, EpochBatches):
+            self.trainer.batches.set_epoch(state.global_step // self.steps_per_epoch)
 
     def on_step_begin(self, args, state, control, **kwargs):
         epochs_left = (state.max_steps - state.global_step) / self.steps_per_epoch

@@ -25,6 +25,7 @@ from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
     ViTImageProcessor,
+    default_data_collator,
 )
 
 
@@ -34,7 +35,7 @@ import modeling_vit_custom  # noqa: F401  (registers the family)
 from benchmarks.arguments import add_output, positive
 from benchmarks.environment import describe_environment, format_environment
 from trainers.arguments import DataArguments
-from trainers.data import IMAGE, LABEL, TEST, TRAIN, collate, load_splits, processor_transform, with_transform
+from trainers.data import IMAGE, LABEL, TEST, TRAIN, load_splits, processor_transform, with_transform
 from trainers.metrics import accuracy, per_class_recall
 
 
@@ -164,7 +165,7 @@ def predict(folder: Path, data: Path) -> tuple[np.ndarray, np.ndarray]:
     split = datasets.load_dataset(str(data), split=TEST).select_columns([IMAGE, LABEL])
     images = with_transform(split, processor_transform(AutoImageProcessor.from_pretrained(folder)))
     logits, labels = [], []
-    for batch in tqdm(DataLoader(images, 500, collate_fn=collate), desc="Testing", leave=False):
+    for batch in tqdm(DataLoader(images, 500, collate_fn=default_data_collator), desc="Testing", leave=False):
         with torch.inference_mode():
             logits.append(model(batch["pixel_values"]).logits)
         labels.append(batch["labels"])
