@@ -361,8 +361,12 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.n_gpu > 1:
             self._n_gpu = 1  # a process uses one device: torchrun starts one for each
         if self.base_learning_rate is not None:
-            images = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
-            self.learning_rate = self.base_learning_rate * images / 256
+            self.learning_rate = self.base_learning_rate * self.images_per_step / 256
+
+    @property
+    def images_per_step(self) -> int:
+        """Of all processes and accumulated batches."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
 
 @dataclass

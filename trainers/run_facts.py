@@ -69,7 +69,7 @@ def gather_facts(command: TrainingCommand, trainer: ViTTrainer) -> dict:
     is_done = state.global_step >= state.max_steps
     spent = Spent.read(state)
     wall_time, energy = spent["seconds"], spent["joules"]
-    images = state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    images = state.global_step * args.images_per_step
     return {
         "name": (args.hub_model_id or Path(args.output_dir).resolve().name).rpartition("/")[-1],
         "license": args.license,

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from transformers import BaseImageProcessor, PreTrainedModel, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import BaseImageProcessor, PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from model_cards.environment import code_commit, describe_hardware
@@ -48,6 +47,7 @@ from trainers.vit_trainer import (
     Contents,
     TrainingDivergedError,
     ViTTrainer,
+    read_state,
 )
 
 
@@ -134,7 +134,7 @@ def keep_images_per_step(command: TrainingCommand) -> None:
     """
     args, folder = command.training, Path(command.training.output_dir)
     before = Contents.read(read_state(Path(args.resume_from_checkpoint))).get("images_per_step")
-    now = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    now = args.images_per_step
     if before in (None, now):
         return
     begun = read_recipe(str(folder / RECIPE)) if (folder / RECIPE).exists() else {}
@@ -408,7 +408,3 @@ def is_whole(checkpoint: Path) -> bool:
     except (OSError, TypeError, ValueError):
         return False
     return all((checkpoint / name).exists() for name in Contents.read(state).get("files", ()))
-
-
-def read_state(checkpoint: Path) -> TrainerState:
-    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))

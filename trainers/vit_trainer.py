@@ -140,7 +140,7 @@ class ViTTrainer(Trainer):
         self.image_size: tuple[int, int] | None = None  # to train at, if not the one that images come in
         self.pace: Pace | None = None  # of training, while it goes on
         kill_workers_at_exit()
-        self.contents = Contents(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
+        self.contents = Contents(args.images_per_step)
         self.add_callback(self.contents)
         self.add_callback(_Phases(self))
         for theirs in (PrinterCallback, ProgressCallback):
@@ -205,10 +205,8 @@ class ViTTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         # As the Trainer does; counting the images waits for other processes, not for data.
-        batches = []
         with self.pace.waiting():
-            for batch in islice(epoch_iterator, num_batches):
-                batches.append(batch)
+            batches = list(islice(epoch_iterator, num_batches))
         return batches, self._get_num_items_in_batch(batches, device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -362,7 +360,7 @@ class ViTTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if isinstance(self.batches, StreamBatches):
-            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, TRAINER_STATE_NAME)))
+            state = read_state(Path(resume_from_checkpoint))
             self.batches.load(resume_from_checkpoint, self._count_batches(state))
         self._load_weights(
             resume_from_checkpoint, lambda: super(ViTTrainer, self)._load_from_checkpoint(resume_from_checkpoint, model)
@@ -409,6 +407,10 @@ class ViTTrainer(Trainer):
         return float(max(group["lr"] for group in self.optimizer.param_groups))
 
 
+def read_state(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
+
 def _push(folder: Path, destination: hub.Destination, message: str) -> CommitInfo:
     hub.check_publishable(folder)
     return hub.upload(folder, destination, message)
@@ -423,7 +425,7 @@ class _Phases(TrainerCallback):
         self.patch_dropouts = [module for module in trainer.model.modules() if isinstance(module, PatchDropout)]
         self.patch_dropout_rates = [module.rate for module in self.patch_dropouts]
 
-    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         self.trainer.pace = Pace(self.trainer.model, args.device, dtype, args.world_size)
         # A stream does not know its length, and nothing is asked of it that would need one.
