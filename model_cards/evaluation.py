@@ -56,12 +56,13 @@ def write_evaluation(folder: Path, facts: Mapping, pictures: Mapping[str, Figure
 
 def draw_figures(facts: Mapping) -> dict[str, Figure]:
     """The figures that the facts alone decide, by their names."""
-    matrix = np.array(facts["confusion_matrix"])
+    true, predicted, counts = np.array(facts["confusions"]).T
     # Of a thousand classes that a model knows, a data set may have ten.
-    seen = np.flatnonzero(matrix.sum(axis=0) + matrix.sum(axis=1))
-    names = [facts["label_names"][index] for index in seen]
+    seen, places = np.unique([true, predicted], return_inverse=True)
+    matrix = np.zeros((len(seen), len(seen)), dtype=int)
+    matrix[tuple(places.reshape(2, -1))] = counts
     drawn = {
-        CONFUSION_MATRIX: plot_confusion_matrix(matrix[np.ix_(seen, seen)], names),
+        CONFUSION_MATRIX: plot_confusion_matrix(matrix, [facts["label_names"][index] for index in seen]),
         RELIABILITY: plot_calibration(facts["calibration"]),
     }
     if len(_list_sizes(facts)) > 1:

@@ -179,7 +179,8 @@ def plot_calibration(bins: Sequence[Sequence[float]]) -> Figure:
     figure = Figure(figsize=(5.6, 4.2), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     above.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--", label="as often right as sure")
-    above.plot(confidence, accuracy, color=EVAL_COLOR, marker="o", markersize=4, linewidth=1.4, label="this model")
+    line = {"color": EVAL_COLOR, "marker": "o", "markersize": 4, "linewidth": 1.4, "clip_on": False}
+    above.plot(confidence, accuracy, label="this model", **line)
     above.set_ylabel("accuracy")
     above.set_ylim(0, 1)
     above.legend(frameon=False, loc="upper left")
@@ -293,7 +294,8 @@ def plot_robustness(
     right.set_xlabel("severity")
     right.set_ylim(0, 1)
     right.set_title("accuracy by kind of corruption", loc="left", fontsize=11, fontweight="bold")
-    right.legend(frameon=False, loc="lower left")
+    # Lines may be anywhere: good models are high up, others near chance.
+    figure.legend(frameon=False, loc="outside lower right", ncols=5, columnspacing=1.2)
     _tidy(right)
     return figure
 

@@ -39,6 +39,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import datasets  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import transformers  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
 from loopback_hub import WRITE_TOKEN, LoopbackHub  # noqa: E402
 from tiny_models import ARCHITECTURES  # noqa: E402
@@ -49,8 +50,9 @@ def pytest_unconfigure(config):
 
 
 @pytest.fixture(autouse=True)
-def quiet_datasets():
+def no_progress_bars():
     datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
 
 
 @pytest.fixture(autouse=True)

@@ -109,6 +109,24 @@ def test_modes_and_sizes_become_rgb_batches(tmp_path):
     assert sorted(batch["labels"]) == [0, 0, 1, 1, 2, 2]
 
 
+def test_large_photographs_are_decoded_a_few_at_once(tmp_path, monkeypatch):
+    save_images(tmp_path / "a", 5, size=(20, 16))
+    save_images(tmp_path / "b", 4, size=(10, 16))
+    splits = load_splits(DataArguments(dataset=str(tmp_path), validation_fraction=0.25))
+    processor, counts = ViTImageProcessor(size={"height": 8, "width": 8}), []
+
+    def transform(images):
+        counts.append(len(images))
+        return processor_transform(processor)(images)
+
+    whole = with_transform(splits["train"], transform)[:]
+    monkeypatch.setattr("trainers.data.MAX_PIXELS", 640)  # two of the larger ones
+    parts = with_transform(splits["train"], transform)[:]
+    assert counts[0] == sum(counts[1:]) == 6
+    assert len(counts) > 2
+    assert torch.equal(whole["pixel_values"], parts["pixel_values"])
+
+
 @pytest.mark.parametrize(
     ("labels", "feature", "expected"),
     [

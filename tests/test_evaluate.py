@@ -1,7 +1,10 @@
 """The command that measures a classifier: what it writes, that its figures are right, and what it refuses."""
 
 import json
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +91,13 @@ def run(tmp_path, *argv, quick: list[str] = QUICK) -> dict:
     return json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
 
 
+def confusion_matrix(facts: dict) -> list[list[int]]:
+    matrix = np.zeros((len(facts["label_names"]),) * 2, dtype=int)
+    for true, predicted, images in facts["confusions"]:
+        matrix[true, predicted] = images
+    return matrix.tolist()
+
+
 def values(results: dict) -> dict[str, float]:
     return {name: figure["value"] for name, figure in results.items()}
 
@@ -104,7 +114,7 @@ def test_figures_are_those_of_the_metrics(model, images, tmp_path):
     assert values(facts["results"]) == pytest.approx(
         {each: METRICS[each](logits, labels) for each in facts["results"]}, rel=1e-4
     )
-    assert facts["confusion_matrix"] == METRICS["confusion_matrix"](logits, labels).tolist()
+    assert confusion_matrix(facts) == METRICS["confusion_matrix"](logits, labels).tolist()
     np.testing.assert_allclose(
         [row["recall"]["value"] for row in facts["classes"]], METRICS["per_class_recall"](logits, labels)
     )
@@ -121,7 +131,7 @@ def test_figures_are_those_of_training(images, tmp_path):
     assert facts["split"] == reported["evaluation_split"] == "validation"
     assert facts["num_images"] == 18
     assert values(facts["results"]) == pytest.approx(reported["results"], abs=2e-6)
-    assert facts["confusion_matrix"] == reported["confusion_matrix"]
+    assert confusion_matrix(facts) == reported["confusion_matrix"]
     other = run(tmp_path, tmp_path / "run", images / "train", "--validation_fraction", "0.3", "--split_seed", "6")
     assert other["results"]["loss"] != facts["results"]["loss"]
 
@@ -142,6 +152,14 @@ def test_the_order_of_classes_does_not_matter(model, images, tmp_path):
     assert by_index["results"]["loss"] != facts["results"]["loss"]
 
 
+def test_a_folder_of_nothing_but_a_test_split_will_do(model, images, tmp_path):
+    few = tmp_path / "few"
+    shutil.copytree(images / "test", few / "test")
+    facts, of_all = run(tmp_path, model, few), run(tmp_path, model, images)
+    assert facts["split"] == "test"
+    assert facts["results"] == of_all["results"]
+
+
 def test_a_part_of_the_classes_will_do(model, images, tmp_path, capsys):
     few = tmp_path / "few"
     for name in ("ring", "dot"):
@@ -151,8 +169,7 @@ def test_a_part_of_the_classes_will_do(model, images, tmp_path, capsys):
     facts = run(tmp_path, model, few, "--split", "all")
     assert facts["num_images"] == 12
     assert facts["absent_classes"] == ["circle", "cross", "line", "square"]
-    assert np.sum(facts["confusion_matrix"]) == 12
-    assert np.shape(facts["confusion_matrix"]) == (6, 6)  # it may have taken images for what is not there
+    assert np.sum(confusion_matrix(facts)) == 12
     assert facts["classes"][0]["recall"]["value"] is None
     assert (
         "4 of which the data set does not have" in (sorted(tmp_path.glob("evaluation_*"))[0] / "report.md").read_text()
@@ -275,6 +292,15 @@ def test_workers_and_batches_change_nothing(batch_size, model, images, tmp_path)
     other = run(tmp_path, *argv, quick=quick)
     assert facts["robustness"] == other["robustness"]
     assert values(facts["results"]) == pytest.approx(values(other["results"]), rel=1e-5)
+
+
+def test_a_killed_reader_is_one_line(model, images, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainers.evaluation.corrupt", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    folder = tmp_path / "evaluation"
+    argv = ["--corruptions", "fog", "--severities", "1", "--use_cpu", "--bootstrap", "100", "--num_workers", "1"]
+    with pytest.raises(SystemExit, match=r"^evaluate: error: a process that reads images was killed.*nothing was"):
+        evaluate([model, str(images), "--output_dir", str(folder), *argv])
+    assert not folder.exists()
 
 
 def test_a_model_sees_corrupted_images_as_others(model):
@@ -437,7 +463,7 @@ def test_models_that_do_not_fit(model, images, tmp_path, capsys):
 
     assert "there is no classifier 'runs/none'" in error("runs/none", images)
     (tmp_path / "empty").mkdir()
-    assert "cannot open the model" in error(tmp_path / "empty", images)
+    assert "holds no config.json" in error(tmp_path / "empty", images)
     headless = tiny_vit().vit
     headless.save_pretrained(tmp_path / "headless")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "headless")

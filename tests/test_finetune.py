@@ -335,7 +335,7 @@ def test_a_full_output_folder_is_not_replaced(checkpoint, capsys):
             ["--dataset", "digits", "--model", "vit_nano"],
             "there is no model 'vit_nano'...did you mean 'vit_nano_patch2_8'",
         ),
-        (["--dataset", "digits", "--model", "."], "cannot open the model '.'"),
+        (["--dataset", "digits", "--model", "."], "'.' holds no config.json"),
         (["--dataset", "no_such_folder/x/y", "--model", "vit_nano_patch2_8"], "there is no folder"),
         (["--recipe", "no_such"], "there is no recipe 'no_such'"),
         (["--recipe", "quickstart", "--num_epochs", "3"], "'--num_epochs'; did you mean '--num_train_epochs'?"),

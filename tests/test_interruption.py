@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from trainers.finetune import main as finetune
 from trainers.runs import is_whole, last_checkpoint
+from trainers.vit_trainer import ViTTrainer
 
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +82,101 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_by_the_same_command(tmp_pa
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(weights(tmp_path / "told"), weights(tmp_path / "whole"))
+
+
+def test_an_evaluation_that_was_due_when_a_run_was_told_to_stop_is_made_up_for(tmp_path, monkeypatch):
+    argv = [*OPTIONS.split(), "--max_steps", "12", "--eval_strategy", "steps", "--eval_steps", "4"]
+    argv += ["--save_strategy", "steps", "--save_steps", "4", "--load_best_model_at_end", "true"]
+    finetune([*argv, "--output_dir", str(tmp_path / "whole")])
+    train, steps = ViTTrainer.training_step, {4, 12}
+
+    def tell(self, *args, **kwargs):
+        step = self.state.global_step + 1
+        if step in steps:
+            steps.remove(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(ViTTrainer, "training_step", tell)
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stop:
+            finetune([*argv, "--output_dir", str(tmp_path / "told")])
+        assert stop.value.code == 128 + signal.SIGTERM
+    finetune([*argv, "--output_dir", str(tmp_path / "told")])
+    whole, told = (json.loads((tmp_path / name / "trainer_state.json").read_text()) for name in ("whole", "told"))
+    expected, found = (
+        [(row["step"], row["eval_loss"]) for row in each["log_history"] if "eval_loss" in row] for each in (whole, told)
+    )
+    assert [step for step, _ in expected] == [4, 8, 12]
+    assert found == expected
+    assert told["best_global_step"] == whole["best_global_step"]
+    assert told["best_metric"] == whole["best_metric"]
+
+
+def test_the_log_of_a_run_that_went_on_is_that_of_one_that_never_stopped(tmp_path, monkeypatch):
+    argv = [
+        *OPTIONS.split(),
+        "--max_steps",
+        "9",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "4",
+        "--logging_steps",
+        "3",
+    ]
+    finetune([*argv, "--output_dir", str(tmp_path / "whole")])
+    step = ViTTrainer.training_step
+
+    def die(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(ViTTrainer, "training_step", die)
+        finetune([*argv, "--output_dir", str(tmp_path / "gone_on")])
+    finetune([*argv, "--output_dir", str(tmp_path / "gone_on")])
+    logs = []
+    for name in ("whole", "gone_on"):
+        history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        logs.append([(row["step"], row.get("loss"), row.get("train_loss")) for row in history])
+    assert [row[0] for row in logs[0]] == [3, 6, 9, 9]
+    assert logs[0] == logs[1]
+
+
+def test_a_damaged_checkpoint_is_passed_by(tmp_path, capsys):
+    argv = [*OPTIONS.split(), "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "1"]
+    argv += ["--save_total_limit", "4", "--output_dir", str(tmp_path)]
+    finetune(argv)
+    (tmp_path / "run.json").unlink()
+    for step, file in ((4, "model.safetensors"), (3, "optimizer.pt")):
+        os.truncate(tmp_path / f"checkpoint-{step}" / file, 1000)
+    capsys.readouterr()
+    finetune(argv)
+    printed = capsys.readouterr().out
+    assert f"{tmp_path}/checkpoint-4 is not whole" in printed
+    assert f"Going on from {tmp_path}/checkpoint-2" in printed
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json"])
+def test_what_somebody_else_put_into_the_folder_stays(tmp_path, capsys, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(SystemExit):
+        finetune([*OPTIONS.split(), "--max_steps", "1", "--output_dir", str(tmp_path)])
+    assert "pass --overwrite true or another one" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_run_that_was_killed_before_it_said_that_it_was_finished_starts_again(tmp_path, capsys):
+    argv = [*OPTIONS.split(), "--max_steps", "2", "--save_strategy", "no", "--output_dir", str(tmp_path)]
+    finetune(argv)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(SystemExit):
+        finetune([*argv, "--max_steps", "3"])
+    assert "already holds a model" in capsys.readouterr().err
+    finetune(argv)
+    assert (tmp_path / "run.json").exists()
 
 
 # Steps that are the same however they are divided: nothing is drawn by a process for itself.
@@ -252,6 +348,27 @@ def test_accelerate_launches_the_script(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text())["command"].startswith("torchrun --nproc_per_node 2 ")
+
+
+@pytest.mark.slow
+def test_processes_that_would_train_alone_are_refused(tmp_path):
+    argv = [
+        *FINETUNE,
+        *OPTIONS.split(),
+        "--max_steps",
+        "4",
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--use_cpu",
+        "false",
+    ]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / "ddp.yaml")]
+    environment = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [*launcher, "--num_processes", "2", *argv]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode != 0
+    assert "finetune: error: 2 processes were started, and each would train alone" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 SHARDED = """

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import json
 import math
+import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -358,6 +359,12 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.bf16 and not torch.accelerator.is_available():
             self.use_cpu = True  # or the Trainer asks for a GPU, while processors know bf16 as well
         super().__post_init__()
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if started != self.world_size:
+            raise ValueError(
+                f"{started} processes were started, and each would train alone, as there is no accelerator here: pass "
+                "--use_cpu true, and to accelerate launch --cpu"
+            )
         if self.n_gpu > 1:
             self._n_gpu = 1  # a process uses one device: torchrun starts one for each
         if self.base_learning_rate is not None:

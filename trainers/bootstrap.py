@@ -34,7 +34,9 @@ class Outcomes:
         num_classes: L.
         labels: True classes (N,).
         predicted: Likeliest classes (N,).
+        is_right: Whether these are the true ones (N,).
         confidence: Their probabilities (N,).
+        bins: Of the calibration error, where these lie (N,).
         losses: Negative log likelihoods of the true classes (N,).
         in_top5: Whether the true class is among the five likeliest (N,); None up to five classes.
     """
@@ -42,7 +44,9 @@ class Outcomes:
     num_classes: int
     labels: np.ndarray
     predicted: np.ndarray
+    is_right: np.ndarray
     confidence: np.ndarray
+    bins: np.ndarray
     losses: np.ndarray
     in_top5: np.ndarray | None
 
@@ -59,7 +63,9 @@ class Outcomes:
         in_top5 = None
         if logits.shape[1] > 5:
             in_top5 = (np.argpartition(logits, -5, axis=-1)[:, -5:] == labels[:, None]).any(axis=-1)
-        return predicted, confidences(logits), negative_log_likelihoods(logits, labels), in_top5
+        confidence = confidences(logits)
+        bins, losses = calibration_bin(confidence), negative_log_likelihoods(logits, labels)
+        return predicted, predicted == labels, confidence, bins, losses, in_top5
 
 
 def _split(values: np.ndarray, rows: int = 4096) -> Iterator[np.ndarray]:
@@ -123,14 +129,12 @@ def weighted_metrics(outcomes: Outcomes, weights: np.ndarray) -> tuple[dict[str,
     thousand times over, these would take hours.
     """
     weights, total, size = weights.astype(np.float64), weights.sum(), outcomes.num_classes
-    is_right = outcomes.predicted == outcomes.labels
     images = np.bincount(outcomes.labels, weights, minlength=size)
     taken = np.bincount(outcomes.predicted, weights, minlength=size)
-    hits = np.bincount(outcomes.labels, weights * is_right, minlength=size)
+    hits = np.bincount(outcomes.labels, weights * outcomes.is_right, minlength=size)
     recall = np.divide(hits, images, out=np.full(size, np.nan), where=images > 0)
     occurring = images + taken > 0
-    bins = calibration_bin(outcomes.confidence)
-    gaps = np.bincount(bins, weights * (outcomes.confidence - is_right))
+    gaps = np.bincount(outcomes.bins, weights * (outcomes.confidence - outcomes.is_right))
     figures = {
         "loss": float(weights @ outcomes.losses / total),
         "accuracy": float(hits.sum() / total),

@@ -43,6 +43,7 @@ HUB_ID_SHAPE = "a Hub data set such as user/name"
 MAX_BYTES_IN_MEMORY = 2**30
 IMAGES_FOR_THREADS = 256  # handed over at once, still encoded
 IMAGES_OF_STREAM = 32  # decoded at once
+MAX_PIXELS = 2**24  # of decoded images at once, as far as it is not a single one: 48 MiB of them
 
 Splits = DatasetDict | IterableDatasetDict
 
@@ -113,7 +114,7 @@ def load_evaluated(
         ValueError: if there is no such split, or something is wrong with its images or labels.
     """
     name = arguments.dataset
-    splits = _name_splits(_load(arguments, needs_labels=True), name, needs_train=False)
+    splits = _name_splits(_load(arguments, needs_labels=True, needs_train=False), name, needs_train=False)
     splits = _name_columns(splits, arguments, needs_labels=True)
     if not arguments.streaming:
         splits = _make_class_labels(splits, arguments)
@@ -294,7 +295,21 @@ def with_transform(
 
 def _make_batch(batch: dict, transform: Callable) -> dict:
     labels = {"labels": batch[LABEL]} if LABEL in batch else {}
-    return {"pixel_values": transform([decode(image) for image in batch[IMAGE]])} | labels
+    parts = [transform(images) for images in split_by_pixels(map(decode, batch[IMAGE]))]
+    return {"pixel_values": parts[0] if len(parts) == 1 else torch.cat(parts)} | labels
+
+
+def split_by_pixels(images: Iterable[PIL.Image.Image]) -> Iterator[list[PIL.Image.Image]]:
+    """Images in their order, as few at once as large ones need not to fill the memory."""
+    together, pixels = [], 0
+    for image in images:
+        together.append(image)
+        pixels += image.width * image.height
+        if pixels > MAX_PIXELS:
+            yield together
+            together, pixels = [], 0
+    if together:
+        yield together
 
 
 def _make_stream_batch(batch: dict, transform: Callable, read: "_StreamReader") -> dict:
@@ -386,7 +401,7 @@ def load_digits() -> DatasetDict:
     return DatasetDict({TRAIN: Dataset.from_dict(rows, features=features, split=datasets.Split.TRAIN)})
 
 
-def _load(arguments: DataArguments, needs_labels: bool) -> Splits:
+def _load(arguments: DataArguments, needs_labels: bool, needs_train: bool = True) -> Splits:
     name = arguments.dataset
     if arguments.dataset_config is not None and (name in BUILT_IN_TITLES or Path(name).exists()):
         raise ValueError(f"--dataset_config {arguments.dataset_config!r} is for data sets on the Hub, not for {name!r}")
@@ -396,7 +411,7 @@ def _load(arguments: DataArguments, needs_labels: bool) -> Splits:
         return load_digits()
     folder = Path(name)
     if folder.is_dir():
-        loaded = _load_folder(folder, arguments.streaming, needs_labels)
+        loaded = _load_folder(folder, arguments.streaming, needs_labels, needs_train)
     elif folder.exists():
         raise ValueError(f"dataset {name!r} is a file: give its folder")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -413,7 +428,7 @@ def _load(arguments: DataArguments, needs_labels: bool) -> Splits:
     return loaded
 
 
-def _load_folder(folder: Path, streaming: bool, needs_labels: bool) -> Splits:
+def _load_folder(folder: Path, streaming: bool, needs_labels: bool, needs_train: bool) -> Splits:
     shards = _find_shards(folder)
     try:
         if any(folder.rglob("*.parquet")):
@@ -432,7 +447,7 @@ def _load_folder(folder: Path, streaming: bool, needs_labels: bool) -> Splits:
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
         hint = " (.cls files hold numbers; names belong in .txt files, with --label_column txt)" if shards else ""
         raise ValueError(f"cannot load folder {str(folder)!r}: {' '.join(str(reason).split())}{hint}") from error
-    return _read_image_folder(folder, needs_labels)
+    return _read_image_folder(folder, needs_labels, needs_train)
 
 
 def _find_shards(folder: Path) -> dict[str, list[str]]:
@@ -452,7 +467,7 @@ def _find_shards(folder: Path) -> dict[str, list[str]]:
     return {split: shards[split] for split in sorted(shards, key=lambda split: split == TRAIN)}
 
 
-def _read_image_folder(folder: Path, needs_labels: bool) -> DatasetDict:
+def _read_image_folder(folder: Path, needs_labels: bool, needs_train: bool) -> DatasetDict:
     """`class/**/image.jpg`, or the same below `train`, `val` and `test`; without labels also `image.jpg`.
 
     The library's own reader takes the innermost folder for the class, and finds a test split in `train/test_tube/`.
@@ -465,10 +480,11 @@ def _read_image_folder(folder: Path, needs_labels: bool) -> DatasetDict:
             f"folder {str(folder)!r} holds {others[0]!r} beside the splits {', '.join(found)}: move it away, or the "
             "classes into their splits"
         )
-    if found and TRAIN not in found:
+    if needs_train and found and TRAIN not in found:
         raise ValueError(f"folder {str(folder)!r} has splits {', '.join(found)} but no {TRAIN!r}")
     files = {split: _read_classes(root) for split, root in (found or {TRAIN: folder}).items()}
-    if not needs_labels and None in files[TRAIN] and files[TRAIN][None]:
+    first = files.get(TRAIN) or next(iter(files.values()))
+    if not needs_labels and first.get(None):
         features = datasets.Features({IMAGE: Image()})
         paths = {
             split: [str(path) for paths in by_class.values() for path in paths] for split, by_class in files.items()
@@ -479,7 +495,8 @@ def _read_image_folder(folder: Path, needs_labels: bool) -> DatasetDict:
                 for split in files
             }
         )
-    names = sorted(files[TRAIN].keys() - {None})
+    named = [files[TRAIN]] if TRAIN in files else files.values()
+    names = sorted({name for by_class in named for name in by_class} - {None})
     if not names:
         raise ValueError(
             f"folder {str(folder)!r} holds no images in class folders: expected class/image.jpg, "

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from datasets.utils import logging as datasets_logging
-from transformers.utils import logging
 
 from model_cards.environment import code_commit, describe_hardware, library_versions
 from model_cards.evaluation import CORRUPTIONS as CORRUPTIONS_FIGURE
@@ -32,7 +30,14 @@ from trainers.evaluation import (
     evaluate_variants,
     measure_robustness,
 )
-from trainers.inference import Classifier, match_classes, open_classifier
+from trainers.inference import (
+    Classifier,
+    ReadersKilledError,
+    match_classes,
+    noticing_killed_readers,
+    open_classifier,
+    quiet,
+)
 from trainers.models import read_processor
 from trainers.run_facts import format_command, name_origin
 
@@ -59,7 +64,7 @@ examples:
   # how it bears noise, blur, weather and compression: 1,000 images under 15 corruptions of 5 severities
   {PROGRAM} runs/mine path/to/images --corruptions all --max_images 1000
 
-  # a folder that is nothing but a test set
+  # class folders that are all for testing
   {PROGRAM} runs/mine path/to/images --split all
 
 Classes are matched by their names, in whatever order.
@@ -72,10 +77,9 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     start = time.perf_counter()
     try:
-        with report_user_errors("evaluate"):
+        with quiet(), report_user_errors("evaluate"), noticing_killed_readers():
             arguments = parse_arguments(argv)
             check(arguments)
-            silence_libraries()
             code_commit()  # what runs is what lies there now
             classifiers = open_sizes(arguments)
             split = load_evaluated(
@@ -85,9 +89,10 @@ def main(argv: list[str] | None = None) -> None:
             share = f", a share of train by --split_seed {arguments.split_seed}; --split all takes all of them"
             print(f"{arguments.model} on {len(labels):,} images ({split.name}{share * split.is_held_out})")
             facts, logits = evaluate_variants(classifiers, split.images, labels, collect_settings(arguments))
-        facts, pictures = finish(arguments, argv, classifiers[0], split, labels, facts, logits, start)
-        with report_user_errors("evaluate"):
+            facts, pictures = finish(arguments, argv, classifiers[0], split, labels, facts, logits, start)
             write_evaluation(arguments.output_dir, facts, pictures)
+    except ReadersKilledError as error:
+        raise SystemExit(f"evaluate: error: {error}; nothing was written") from error
     except KeyboardInterrupt:
         print("\nevaluate: interrupted; nothing was written", file=sys.stderr)
         raise SystemExit(130) from None
@@ -103,7 +108,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "data", metavar="DATA", help="as --dataset of trainers.finetune: digits, a folder, a Hub data set"
     )
     parser.add_argument(
-        "--split", help="train, validation, test, or all of them; by default test if there is one, else validation"
+        "--split",
+        metavar="NAME",
+        help="train, validation, test, or all of them; by default test if there is one, else validation",
     )
     parser.add_argument(
         "--output_dir", "--output-dir", type=Path, default=Path("runs/evaluate"), metavar="DIR", help="(runs/evaluate)"
@@ -198,13 +205,6 @@ def check_output_dir(folder: Path, overwrite: bool) -> None:
     others = [name for name in FILES if (folder / name).exists() and not (folder / FACTS).exists()]
     if others:
         raise ValueError(f"--output_dir {str(folder)!r} holds a {others[0]!r} of something else: give another")
-
-
-def silence_libraries() -> None:
-    """What is wrong with a checkpoint is refused with a line of ours."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets_logging.set_verbosity_error()
 
 
 def open_sizes(arguments: argparse.Namespace) -> list[Classifier]:

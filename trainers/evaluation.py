@@ -20,7 +20,7 @@ from trainers.corruptions import CORRUPTIONS, corrupt, name_parameters
 from trainers.data import IMAGE, LABEL, decode, processor_transform, with_transform
 from trainers.image_ops import to_arrays
 from trainers.inference import Classifier
-from trainers.metrics import calibration_bins, confidences, count_confusions
+from trainers.metrics import calibration_bins, confidences
 from trainers.models import read_processor
 
 
@@ -79,20 +79,27 @@ def describe_classes(
     logits: np.ndarray, labels: np.ndarray, recalls: Sequence[Interval], classifier: Classifier
 ) -> dict:
     """Recall, confusions and calibration, as facts of the page."""
-    matrix, names = count_confusions(logits, labels), classifier.label_names
-    mistakes = matrix - np.diag(matrix.diagonal())
+    names, predicted = classifier.label_names, logits.argmax(axis=-1)
+    # As (true, predicted, images): of thousands of classes, almost all of the matrix is empty.
+    pairs, counts = np.unique(np.stack([labels, predicted], axis=1), axis=0, return_counts=True)
+    confusions = [(int(true), int(taken), int(count)) for (true, taken), count in zip(pairs, counts)]
+    taken_for = {}  # by true class, the first of the likeliest
+    for true, taken, count in confusions:
+        if taken != true and count > taken_for.get(true, (0, 0))[0]:
+            taken_for[true] = count, taken
+    images = np.bincount(labels, minlength=len(names)).tolist()
     return {
         "classes": [
             {
                 "name": name,
-                "images": int(matrix[index].sum()),
+                "images": images[index],
                 "recall": recalls[index]._asdict(),
-                "taken_for": names[mistakes[index].argmax()] if mistakes[index].any() else None,
+                "taken_for": names[taken_for[index][1]] if index in taken_for else None,
             }
             for index, name in enumerate(names)
         ],
         "calibration": calibration_bins(logits, labels),
-        "confusion_matrix": matrix.tolist(),
+        "confusions": confusions,
     }
 
 
@@ -200,7 +207,7 @@ def draw_mistakes(classifier: Classifier, images: Dataset, labels: np.ndarray, l
         (show(classifier.processor, [image])[0], names[labels[row]], names[predicted[row]], sureness[row])
         for row, image in zip(worst, read_images(images, worst))
     ]
-    return plot_predictions({"most sure and wrong": rows})
+    return plot_predictions({"most sure and wrong: what it says, how surely, and what it is": rows})
 
 
 def draw_corruptions(classifier: Classifier, images: Dataset, settings: Settings) -> Figure:

@@ -1,6 +1,5 @@
 """Pictures of a model at work on held-out images and of what it learnt, for its card."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +117,8 @@ def show_learnt(model: ViTCustomPreTrainedModel, pixels: Tensor) -> tuple[dict[s
 def write_examples(folder: Path, split: Dataset | IterableDataset, count: int) -> dict[str, str]:
     """Held-out images for the page on the Hub, in place of older ones: names in the folder, with their classes."""
     names, files = split.features[LABEL].names, {}
-    shutil.rmtree(folder / "examples", ignore_errors=True)
+    for older in (folder / "examples").glob("[0-9]*.png"):
+        older.unlink()
     for number, (image, label) in enumerate(sample_images(split, count) if count else [], start=1):
         (folder / "examples").mkdir(exist_ok=True)
         image.thumbnail((MAX_EXAMPLE_SIDE, MAX_EXAMPLE_SIDE))

@@ -4,15 +4,19 @@ import argparse
 import copy
 import inspect
 import os
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import PIL.Image
 import torch
+from datasets.utils import logging as datasets_logging
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForImageClassification, logging
+from transformers import AutoModelForImageClassification
+from transformers.utils import logging
 
 from trainers.arguments import ModelArguments, suggest
 from trainers.models import check_is_model, open_processor, read_processor
@@ -96,16 +100,23 @@ class Classifier:
 
 
 def _open_model(name: str, revision: str, trust_remote_code: bool, dtype: torch.dtype):
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what is missing is refused below
     try:
-        model, loading = AutoModelForImageClassification.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype, output_loading_info=True
-        )
+        with quiet():  # what is missing is refused below
+            model, loading = AutoModelForImageClassification.from_pretrained(
+                name,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                dtype=dtype,
+                ignore_mismatched_sizes=True,  # which are refused below, like those that are missing
+                output_loading_info=True,
+            )
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise ValueError(f"cannot open the model {name!r}: {error}") from error
-    finally:
-        logging.set_verbosity(verbosity)
+    for key, there, here in loading["mismatched_keys"]:
+        raise ValueError(
+            f"cannot open the model {name!r}: its weights {key} are of shape {tuple(there)}, and its config.json asks "
+            f"for {tuple(here)}"
+        )
     missing = sorted(loading["missing_keys"])
     if missing:
         raise ValueError(
@@ -158,10 +169,47 @@ def choose_device(use_cpu: bool = False) -> torch.device:
     return torch.device(torch.accelerator.current_accelerator().type, index)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings of libraries, nor bars for what takes a second: what is wrong is said in a line of ours."""
+    levels = logging.get_verbosity(), datasets_logging.get_verbosity()
+    has_bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    datasets_logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(levels[0])
+        datasets_logging.set_verbosity(levels[1])
+        if has_bars:
+            logging.enable_progress_bar()
+
+
+class ReadersKilledError(Exception):
+    """A process that reads images is gone."""
+
+
+@contextmanager
+def noticing_killed_readers() -> Iterator[None]:
+    """Raises ReadersKilledError for what torch raises, wherever this process is by then."""
+    try:
+        yield
+    except (ConnectionError, EOFError, RuntimeError) as error:  # the first two where one dies while it hands over
+        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
+            raise
+        raise ReadersKilledError(
+            "a process that reads images was killed, perhaps for want of memory: "
+            "a smaller --batch_size or --num_workers takes less"
+        ) from error
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What every command that puts a classifier to work asks for besides its name."""
     group = parser.add_argument_group("model")
-    group.add_argument("--revision", default="main", help="branch, tag or commit on the Hub (main)")
+    group.add_argument("--revision", default="main", metavar="NAME", help="branch, tag or commit on the Hub (main)")
     group.add_argument(
         "--trust_remote_code",
         "--trust-remote-code",
@@ -186,13 +234,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_classifier(arguments: argparse.Namespace, image_size: int | None = None) -> Classifier:
-    """As the arguments of `add_arguments` and `arguments.model` say; at another size where one is given."""
+def open_classifier(arguments: argparse.Namespace) -> Classifier:
+    """As the arguments of `add_arguments` and `arguments.model` say."""
     return Classifier(
         arguments.model,
         arguments.revision,
         arguments.trust_remote_code,
-        image_size or arguments.image_size,
+        arguments.image_size,
         arguments.bf16,
         choose_device(arguments.use_cpu),
     )

@@ -155,7 +155,7 @@ def _open_config(arguments: ModelArguments) -> tuple[PreTrainedConfig, BaseImage
             processor = make_processor(config)
         else:
             processor = AutoImageProcessor.from_pretrained(arguments.model, **_origin(arguments))
-    except (OSError, ValueError) as error:
+    except (AttributeError, OSError, TypeError, ValueError) as error:  # the first two of files that hold something else
         raise ValueError(f"cannot open the model {arguments.model!r}: {error}") from error
     return config, adapt_processor(processor, arguments)
 
@@ -176,7 +176,9 @@ def open_processor(arguments: ModelArguments) -> BaseImageProcessor:
 def check_is_model(name: str, argument: str) -> None:
     """Raises ValueError unless a name is a folder, or may be a Hub id."""
     # A folder of runs that is not there must never become a Hub id: anybody could own that name.
-    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith("runs/")):
+    if Path(name).is_dir() and not Path(name, "config.json").exists():
+        raise ValueError(f"folder {name!r} holds no config.json: give one that was written by save_pretrained")
+    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith(("runs/", "/", ".", "~"))):
         presets = f", or one of list_presets(){suggest(name, list_presets())}" if argument == "model" else ""
         raise ValueError(
             f"there is no {argument} {name!r}: give a folder written by save_pretrained, a Hub id such as "

@@ -27,12 +27,26 @@ from datasets.utils import tqdm
 from safetensors import SafetensorError
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import logging
 
 from trainers.arguments import make_parser, report_user_errors
-from trainers.data import as_it_comes, decode, kill_workers_at_exit, processor_transform, rank_and_world
+from trainers.data import (
+    as_it_comes,
+    decode,
+    kill_workers_at_exit,
+    processor_transform,
+    rank_and_world,
+    split_by_pixels,
+)
 from trainers.image_sources import HubImages, LocalImages, Row, open_images, printable
-from trainers.inference import Classifier, add_arguments, open_classifier, positive
+from trainers.inference import (
+    Classifier,
+    ReadersKilledError,
+    add_arguments,
+    noticing_killed_readers,
+    open_classifier,
+    positive,
+    quiet,
+)
 from trainers.models import find_head
 from trainers.row_files import WRITERS, NotWrittenError, Part, Parts, make_schema
 
@@ -54,8 +68,6 @@ A broken image is a row with its error. Floats are written so that single precis
 
 BLOCK_ROWS = 1024
 TOP_K = 5
-# Decoded images that a worker holds, as far as it is not a single one: 48 MiB of them.
-MAX_PIXELS = 2**24
 # Processes that are done wait for the slowest one, however long.
 PATIENCE = timedelta(days=30)
 
@@ -351,16 +363,21 @@ class ImageReader(Dataset):
 
     def __getitems__(self, batch: list[tuple[int, int, Row]]) -> dict:
         """Numbers and names of rows, pixels (B, C, H, W) of the images that can be read, and what ails the others."""
-        faults, pixels, waiting = {}, [], {}
-        for position, (_, _, row) in enumerate(batch):
-            try:
-                waiting[position] = decode(row.encoded)
-            except ValueError as error:
-                faults[position] = printable(str(error))
-            if sum(image.width * image.height for image in waiting.values()) > MAX_PIXELS:
-                pixels += self.prepare(waiting, faults)
-                waiting = {}
-        pixels += self.prepare(waiting, faults)
+        faults, pixels, waiting = {}, [], []  # positions of images that are decoded and not prepared
+
+        def read() -> Iterator[PIL.Image.Image]:
+            for position, (_, _, row) in enumerate(batch):
+                try:
+                    image = decode(row.encoded)
+                except ValueError as error:
+                    faults[position] = printable(str(error))
+                    continue
+                waiting.append(position)
+                yield image
+
+        for images in split_by_pixels(read()):
+            pixels += self.prepare(dict(zip(waiting, images)), faults)
+            waiting.clear()
         block, first_row, _ = batch[0]
         return {
             "block": block,
@@ -381,24 +398,6 @@ class ImageReader(Dataset):
                 return [pixels for item in images.items() for pixels in self.prepare(dict([item]), faults)]
             faults[next(iter(images))] = printable(f"cannot be prepared ({' '.join(str(error).split())})")
             return []
-
-
-class ReadersKilledError(Exception):
-    """A process that reads images is gone."""
-
-
-@contextmanager
-def noticing_killed_readers() -> Iterator[None]:
-    """Raises ReadersKilledError for what torch raises, wherever this process is by then."""
-    try:
-        yield
-    except (ConnectionError, EOFError, RuntimeError) as error:  # the first two where one dies while it hands over
-        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
-            raise
-        raise ReadersKilledError(
-            "a process that reads images was killed, perhaps for want of memory: "
-            "a smaller --batch_size or --num_workers takes less"
-        ) from error
 
 
 def make_loader(batches: Batches, classifier: Classifier, num_workers: int) -> DataLoader:
@@ -541,16 +540,6 @@ def stopping_at_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, former)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No warnings of libraries, nor bars for what takes a second."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 if __name__ == "__main__":

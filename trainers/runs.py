@@ -15,6 +15,7 @@ from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from model_cards.environment import code_commit, describe_hardware
 from model_cards.facts import RUN
+from model_cards.rendering import CARD
 from trainers import ema
 from trainers.arguments import (
     AugmentationArguments,
@@ -68,6 +69,11 @@ def check_output_dir(command: TrainingCommand) -> None:
     """
     args = command.training
     folder = Path(args.output_dir)
+    if args.overwrite and args.resume_from_checkpoint is not None:
+        raise ValueError(
+            f"--overwrite true starts again, and --resume_from_checkpoint {args.resume_from_checkpoint} goes on: "
+            "give one of them"
+        )
     check_writable(folder, "output_dir")
     if args.resume_from_checkpoint in ("true", "True"):
         args.resume_from_checkpoint = last_checkpoint(folder)
@@ -85,21 +91,26 @@ def check_output_dir(command: TrainingCommand) -> None:
 
 
 def find_unfinished(folder: Path, command: TrainingCommand) -> str | None:
-    """The last checkpoint of an unfinished run of the same command; none in a folder that holds nothing.
+    """The last checkpoint of an unfinished run of the same command; none if it got to none, or there is no run.
 
     Raises:
         ValueError: if the folder holds a model or another run.
     """
     there, checkpoint = f"output_dir {str(folder)!r}", last_checkpoint(folder)
-    if (folder / RUN).exists() or (checkpoint is None and (folder / "config.json").exists()):
+    asked = plain_recipe(command.given)
+    begun = read_recipe(str(folder / RECIPE)) if (folder / RECIPE).exists() else None
+    is_other_model = (folder / "config.json").exists() and asked != begun
+    if (folder / RUN).exists() or (checkpoint is None and is_other_model):
         raise ValueError(f"{there} already holds a model: pass --overwrite true or another one")
+    if begun is None and (folder / CARD).exists():
+        raise ValueError(
+            f"{there} holds a {CARD}, in whose place the model's card would come: pass --overwrite true or another one"
+        )
     if checkpoint is None:
         return None
     choice = "pass --resume_from_checkpoint true to go on, --overwrite true to start again, or another output_dir"
-    if not (folder / RECIPE).exists():
+    if begun is None:
         raise ValueError(f"{there} already holds checkpoints: {choice}")
-    asked = plain_recipe(command.given)
-    begun = read_recipe(str(folder / RECIPE))
     for name in [*asked, *begun]:
         if asked.get(name) != begun.get(name):
             one, other = (f"--{name} {each[name]}" if name in each else f"no --{name}" for each in (begun, asked))
@@ -259,7 +270,7 @@ def train(trainer: ViTTrainer, command: TrainingCommand) -> TrainOutput:
     args, program = trainer.args, command.program
     code_commit()  # what runs is what lies there now
     trainer.add_callback(Spent())
-    trainer.add_callback(StopOnTermination(args.world_size))
+    trainer.add_callback(StopOnTermination(trainer.contents, args.world_size))
     if args.should_save:
         clean_output_dir(args)
         write_recipe(Path(args.output_dir) / RECIPE, command.given)
@@ -293,8 +304,6 @@ def train(trainer: ViTTrainer, command: TrainingCommand) -> TrainOutput:
         lost = f"lost another process of the run at step {trainer.state.global_step}, whose own message says why"
         *_, said = str(error).splitlines()
         raise SystemExit(f"\n{program}: error: {lost} ({said}); {how_to_go_on(command)}") from error
-    if args.resume_from_checkpoint and "train_loss" in output.metrics and output.training_loss == 0:
-        del output.metrics["train_loss"]  # nothing was left to train
     return output
 
 
@@ -306,6 +315,8 @@ def clean_output_dir(args: TrainingArguments) -> None:
     start = args.resume_from_checkpoint and read_state(Path(args.resume_from_checkpoint)).global_step
     for step, checkpoint in list_checkpoints(folder).items():
         if start is None or step > start or not is_whole(checkpoint):
+            if not args.overwrite and not is_whole(checkpoint):
+                print(f"{checkpoint} is not whole, as a run leaves it that dies while it saves: it is taken away")
             shutil.rmtree(checkpoint)
     (folder / RUN).unlink(missing_ok=True)  # what is there is unfinished from now on
 
@@ -333,15 +344,15 @@ class TerminatedError(Exception):
 class StopOnTermination(TrainerCallback):
     """After SIGTERM, a scheduler's notice, a checkpoint is saved at the end of the step, and nothing else is done.
 
-    An evaluation that goes on comes to its end before; one that would be next is left out. The Trainer's own
-    `enable_jit_checkpoint` waits for three seconds, and saves while other processes train on.
+    An evaluation that goes on comes to its end before; one that would be next is left to the run that goes on. The
+    Trainer's own `enable_jit_checkpoint` waits for three seconds, and saves while other processes train on.
 
     Raises:
         TerminatedError: in all processes, when the checkpoint is there.
     """
 
-    def __init__(self, world_size: int):
-        self.was_told, self.is_stopping, self.previous = False, False, None
+    def __init__(self, contents: Contents, world_size: int):
+        self.contents, self.was_told, self.is_stopping, self.previous = contents, False, False, None
         # NCCL would make the processor wait for the GPU at every step.
         self.group = torch.distributed.new_group(backend="gloo") if world_size > 1 else None
 
@@ -359,7 +370,7 @@ class StopOnTermination(TrainerCallback):
         if told:
             # An evaluation could take longer than the notice lasts.
             self.is_stopping = control.should_save = True
-            control.should_evaluate = False
+            self.contents.owes_evaluation, control.should_evaluate = control.should_evaluate, False
 
     def on_save(self, args, state, control, **kwargs):
         if self.is_stopping:
@@ -407,4 +418,8 @@ def is_whole(checkpoint: Path) -> bool:
         state = read_state(checkpoint)
     except (OSError, TypeError, ValueError):
         return False
-    return all((checkpoint / name).exists() for name in Contents.read(state).get("files", ()))
+    files = Contents.read(state).get("files", {})
+    try:
+        return all((checkpoint / name).stat().st_size == size for name, size in files.items())
+    except OSError:
+        return False

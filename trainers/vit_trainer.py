@@ -73,30 +73,41 @@ class CheckpointNotReadError(Exception):
 
 
 class Contents(TrainerCallback, ExportableState):
-    """In the Trainer's state: the files of its checkpoint, without which it is none, and the images of a step.
+    """In the Trainer's state: what a run that goes on from its checkpoint must know.
 
     Attributes:
         images_per_step: Of all processes and accumulated batches.
-        files: Names in the checkpoint that is being written.
+        files: Sizes in bytes by the names in the checkpoint that is being written, without which it is none.
+        owes_evaluation: Whether one was due at its step and had to be left out.
+        losses: Their sum up to the last line of the log, and since; and the step of that line.
     """
 
     def __init__(self, images_per_step: int):
-        self.images_per_step, self.files = images_per_step, []
+        self.images_per_step, self.files, self.owes_evaluation = images_per_step, {}, False
+        self.losses = [0.0, 0.0, 0]
 
     @classmethod
     def read(cls, state: TrainerState) -> dict:
-        """`images_per_step` and `files`; empty of a checkpoint that does not say."""
+        """The attributes; empty of a checkpoint that does not say."""
         return state.stateful_callbacks.get(cls.__name__, {}).get("attributes", {})
 
     def list_files(self, folder: Path) -> None:
-        names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        self.files = sorted(name for name in names if name != TRAINER_STATE_NAME)
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != TRAINER_STATE_NAME)
+        self.files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+    def resume(self, state: TrainerState) -> None:
+        """Take over what another run has to hand on."""
+        known = self.read(state)
+        self.owes_evaluation = known.get("owes_evaluation", False)
+        self.losses = known.get("losses", [0.0, 0.0, state.global_step])
 
     def state(self) -> dict:
-        return {"args": {}, "attributes": {"images_per_step": self.images_per_step, "files": self.files}}
+        return {"args": {}, "attributes": vars(self).copy()}
 
     def on_train_begin(self, args, state, control, **kwargs):
         state.stateful_callbacks[type(self).__name__] = self.state()
+        if self.owes_evaluation:
+            args.eval_on_start = True
 
 
 class ViTTrainer(Trainer):
@@ -203,6 +214,13 @@ class ViTTrainer(Trainer):
         teacher_logits = None if self.teacher is None else self.teacher(pixels)
         return {"pixel_values": pixels, "labels": Targets(probabilities, teacher_logits)}
 
+    def _run_epoch(self, **kwargs) -> None:
+        # Where a run goes on from the checkpoint of its last step, the Trainer would take another step.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+        else:
+            self.control.should_training_stop = True
+
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         # As the Trainer does; counting the images waits for other processes, not for data.
         with self.pace.waiting():
@@ -212,11 +230,20 @@ class ViTTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.pace is not None and "loss" in logs:
             logs |= self.pace.report(self.state.global_step, self.state.max_steps)
+        if "train_loss" in logs:  # of all steps; the Trainer divides by those since it went on
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
     def averaged_weights(self) -> AbstractContextManager:
         """The averaged weights in the model's place, if there are any."""
         return nullcontext() if self.ema is None else self.ema.in_place(self.model)
+
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler: bool = False) -> dict[str, float]:
+        is_owed, self.contents.owes_evaluation = self.contents.owes_evaluation, False
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler and not is_owed)
+        if is_owed:
+            self._determine_best_metric(metrics, trial)
+        return metrics
 
     def evaluation_loop(self, dataloader: DataLoader, *args, metric_key_prefix: str = "eval", **kwargs):
         # Whatever is drawn at random, such as masks, is the same at each evaluation, and training goes on as without.
@@ -327,7 +354,7 @@ class ViTTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         self.check_weights()
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        self.contents.files = []
+        self.contents.files = {}
         try:
             with self.pace.pausing():
                 (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # until it is written, nothing there counts
@@ -349,6 +376,8 @@ class ViTTrainer(Trainer):
         super()._save_rng_state(output_dir)
         if isinstance(self.batches, StreamBatches):
             self.batches.save(output_dir, self._count_batches(self.state))
+        since = self.accelerator.gather(self._tr_loss).mean().item()
+        self.contents.losses = [self._total_loss_scalar, since, self._globalstep_last_logged]
         # The Trainer's state, which says that a checkpoint is complete, comes after the files of all processes.
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -359,8 +388,9 @@ class ViTTrainer(Trainer):
         return state.global_step * self.args.gradient_accumulation_steps
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        state = read_state(Path(resume_from_checkpoint))
+        self.contents.resume(state)
         if isinstance(self.batches, StreamBatches):
-            state = read_state(Path(resume_from_checkpoint))
             self.batches.load(resume_from_checkpoint, self._count_batches(state))
         self._load_weights(
             resume_from_checkpoint, lambda: super(ViTTrainer, self)._load_from_checkpoint(resume_from_checkpoint, model)
@@ -379,7 +409,7 @@ class ViTTrainer(Trainer):
                 load()
             if self.ema is not None:
                 self.ema.load(checkpoint)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, SafetensorError, ValueError) as error:
             raise CheckpointNotReadError(checkpoint, f"model ({error})") from error
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -431,6 +461,9 @@ class _Phases(TrainerCallback):
         # A stream does not know its length, and nothing is asked of it that would need one.
         if isinstance(self.trainer.train_dataset, Sized):
             self.steps_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+        # The Trainer counts from where it goes on.
+        total, since, self.trainer._globalstep_last_logged = self.trainer.contents.losses
+        self.trainer._total_loss_scalar, self.trainer._tr_loss = total, self.trainer._tr_loss + since
         if self.trainer.ema is not None:
             self.trainer.ema.distribute(self.trainer.model)
         # What the model drops is drawn by each process for itself.
