@@ -102,6 +102,8 @@ class ViTCustomConfig(BackboneConfigMixin, PreTrainedConfig):
         head_initializer_range (`float`, *optional*): The same for classification heads; 0.0 starts them from zero.
         head_bias_init (`float`, defaults to 0.0): Initial bias of classification heads; -log(number of classes) suits
             a sigmoid loss.
+        representation_size (`int`, *optional*): Width of a hidden layer with tanh before the classifier, as in ViT's
+            pretraining (https://arxiv.org/abs/2010.11929, section 3.1).
         head_batch_norm (`bool`, defaults to `False`): Batch norm without learnt scale and shift before the classifier,
             for linear probing (https://arxiv.org/abs/2111.06377, appendix A.1).
         mask_ratio (`float`, defaults to 0.75): Share of the patches that masked pretraining hides.
@@ -160,6 +162,7 @@ class ViTCustomConfig(BackboneConfigMixin, PreTrainedConfig):
     initializer_range: float = 0.02
     head_initializer_range: float | int | None = None
     head_bias_init: float | int = 0.0
+    representation_size: int | None = None
     head_batch_norm: bool = False
     mask_ratio: float | int = 0.75
     mask_patch_size: int = 32
@@ -302,7 +305,7 @@ class ViTCustomConfig(BackboneConfigMixin, PreTrainedConfig):
             _check_choice("problem_type", self.problem_type, PROBLEM_TYPES)
         if len(_pair(self.image_size)) != 2:
             raise ValueError(f"image_size={self.image_size} must be one side or (height, width)")
-        for name in ("image_size", "num_channels", "mask_patch_size", "out_strides"):
+        for name in ("image_size", "num_channels", "mask_patch_size", "out_strides", "representation_size"):
             _check_at_least(name, getattr(self, name), 1)
         for name in ("num_register_tokens", "layer_norm_eps", "patch_norm_eps", "sr_norm_eps", "initializer_range"):
             _check_at_least(name, getattr(self, name), 0)
@@ -347,6 +350,11 @@ class ViTCustomConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if self.head_batch_norm and self.use_distillation_token:
             raise ValueError("head_batch_norm=True is for a single head: set use_distillation_token=False")
+        if self.representation_size is not None and (self.use_distillation_token or self.head_batch_norm):
+            raise ValueError(
+                f"representation_size={self.representation_size} is for a single head without batch norm: "
+                "set use_distillation_token=False and head_batch_norm=False"
+            )
         if self.patch_dropout > 0 and not self.is_plain:
             raise ValueError(
                 f"patch_dropout={self.patch_dropout} needs a single stage of global attention (sr_ratios=1, "

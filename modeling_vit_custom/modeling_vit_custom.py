@@ -976,6 +976,21 @@ class BatchNormHead(nn.Module):
         return self.classifier(standardized), None, None
 
 
+class RepresentationHead(nn.Module):
+    """One head behind a hidden layer on the pooled tokens: -> logits (B, L), None, None.
+
+    As ViT is pretrained, https://arxiv.org/abs/2010.11929, section 3.1.
+    """
+
+    def __init__(self, config: ViTCustomConfig):
+        super().__init__()
+        self.representation = nn.Linear(config.hidden_size, config.representation_size)
+        self.classifier = ClassificationHead(config.representation_size, config.num_labels)
+
+    def forward(self, pooled: Tensor, hidden_states: Tensor) -> tuple[Tensor, None, None]:
+        return self.classifier(self.representation(pooled).tanh()), None, None
+
+
 class DistilledHead(nn.Module):
     """A second head on the distillation token: -> mean logits, class logits, distillation logits, each (B, L).
 
@@ -992,12 +1007,14 @@ class DistilledHead(nn.Module):
         return (cls_logits + distillation_logits) / 2, cls_logits, distillation_logits
 
 
-def make_head(config: ViTCustomConfig) -> ClassTokenHead | BatchNormHead | DistilledHead:
+def make_head(config: ViTCustomConfig) -> ClassTokenHead | BatchNormHead | RepresentationHead | DistilledHead:
     """The classification head, or two where there is a distillation token."""
     if config.use_distillation_token:
         return DistilledHead(config)
     if config.head_batch_norm:
         return BatchNormHead(config)
+    if config.representation_size is not None:
+        return RepresentationHead(config)
     return ClassTokenHead(config)
 
 

@@ -11,12 +11,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from benchmarks import fidelity, kills, lift, load, prediction, ranks, speed
+from benchmarks import conversions, fidelity, kills, lift, load, prediction, ranks, speed
+from benchmarks.foreign_files import SOURCES
 from torch import nn
 
 
 FOLDER = Path(__file__).parent / "benchmarks"
 SCRIPTS = {
+    "conversions": conversions,
     "fidelity": fidelity,
     "lift": lift,
     "load": load,
@@ -124,6 +126,13 @@ def test_scripts_run_from_anywhere(tmp_path: Path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "Example:" in result.stdout
+
+
+@pytest.mark.slow
+def test_conversions_are_tabulated(tmp_path):
+    assert conversions.main(["--tiny", "--output", str(tmp_path / "table.md")]) == 0
+    rows = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + len(SOURCES)
 
 
 def test_commands_of_the_readme_parse():

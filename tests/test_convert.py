@@ -615,7 +615,7 @@ REFUSED: dict[str, tuple[str, Build, str]] = {
     "timm activation": ("timm", partial(timm_vit, act_layer=nn.ReLU), "ReLU"),
     "timm gated MLP": ("timm", partial(timm_vit, mlp_layer=timm.layers.SwiGLU), "SwiGLU"),
     "timm norm in attention": ("timm", partial(timm_vit, scale_attn_norm=True), "attn.norm"),
-    "timm no projection bias": ("timm", partial(timm_vit, proj_bias=False), "projection.bias"),
+    "timm no projection bias": ("timm", partial(timm_vit, proj_bias=False), "attn.proj.bias"),
     "timm other blocks": (
         "timm",
         partial(timm_vit, block_fn=timm.models.vision_transformer.ResPostBlock),

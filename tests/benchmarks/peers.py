@@ -1,6 +1,5 @@
 """Models of transformers and timm, with random weights, as peers of ours: how to build, fill, run and pair them."""
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from modeling_vit_custom.convert import from_timm, from_transformers
+from modeling_vit_custom.convert import from_timm, from_transformers, to_timm
 
 
 VERSIONS = {"transformers": transformers.__version__, "timm": timm.__version__}
@@ -97,7 +96,8 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             noise = torch.randn(parameter.shape, generator=generator)
-            if isinstance(module, (nn.Linear, nn.Conv2d)) and name == "weight":
+            is_weight = isinstance(module, (nn.Linear, nn.Conv2d)) and name == "weight"
+            if is_weight or name == "in_proj_weight":
                 parameter.copy_(noise * parameter[0].numel() ** -0.5)
             elif isinstance(module, nn.LayerNorm) and name == "weight":
                 parameter.copy_(1 + 0.2 * noise)
@@ -147,41 +147,12 @@ def max_difference(ours: Tensor, theirs: Tensor) -> float:
     return (ours.detach().double() - theirs.detach().double()).abs().max().item()
 
 
-# Our names as timm has them, in order; the pattern of a stage's embedding must come before the first stage's.
-_TIMM_NAMES = [
-    (r"^model\.stages\.([1-9])\.embedding\.projection\.", r"layers.\1.downsample.reduction."),
-    (r"^model\.stages\.([1-9])\.embedding\.norm\.", r"layers.\1.downsample.norm."),
-    (r"^model\.stages\.0\.embedding\.projection\.", "patch_embed.proj."),
-    (r"^model\.stages\.0\.embedding\.norm\.", "patch_embed.norm."),
-    (r"^model\.stages\.0\.prefix_tokens\.class_token", "cls_token"),
-    (r"^model\.stages\.0\.prefix_tokens\.distillation_token", "dist_token"),
-    (r"^model\.stages\.0\.position_embedding\.weight", "pos_embed"),
-    (r"^model\.stages\.(\d)\.blocks\.", r"layers.\1.blocks."),
-    (r"^model\.norm\.", "norm."),
-    (r"^head\.classifier\.", "head."),
-    (r"^head\.distillation_classifier\.", "head_dist."),
-    (r"\.attention_norm\.", ".norm1."),
-    (r"\.attention\.projection\.", ".attn.proj."),
-    (r"\.attention\.", ".attn."),
-    (r"\.mlp_norm\.", ".norm2."),
-]
-
-
 @torch.no_grad()
 def load_into_timm(model: nn.Module, ours: nn.Module) -> nn.Module:
-    """Our weights in a timm ViT, distilled DeiT or Swin of the same size, the way back from `from_timm`."""
-    expected, state_dict = model.state_dict(), {}
-    for name, tensor in ours.state_dict().items():
-        for pattern, replacement in _TIMM_NAMES:
-            name = re.sub(pattern, replacement, name)
-        if not any(name.startswith("layers.") for name in expected):
-            name = name.replace("layers.0.blocks.", "blocks.")
-        elif name.startswith("head."):
-            name = name.replace("head.", "head.fc.")
-        if name == "pos_embed":
-            # Positions of prefix tokens are part of our tokens.
-            rows = expected[name].shape[1] - tensor.shape[1]
-            tensor = torch.cat([tensor.new_zeros(1, rows, tensor.shape[2]), tensor], dim=1)
-        state_dict[name] = tensor
-    model.load_state_dict(state_dict)
+    """Our weights in a timm ViT, distilled DeiT or Swin of the same size."""
+    tensors = to_timm(ours).state_dict()
+    if "pos_embed" in tensors:
+        # Rows of prefix tokens, which are zero, if it has them.
+        tensors["pos_embed"] = tensors["pos_embed"][:, -model.pos_embed.shape[1] :]
+    model.load_state_dict(tensors)
     return model

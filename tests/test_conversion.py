@@ -1,0 +1,304 @@
+"""Checkpoints of every format open, with the outputs of their own library, and go back; nothing else opens."""
+
+import argparse
+import json
+import os
+import pickle
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from benchmarks.foreign_files import SOURCES, TINY, flax_arrays, google, outputs_of
+from benchmarks.peers import make_images, max_difference
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
+
+from modeling_vit_custom.convert import convert, from_timm, from_transformers, to_timm, to_transformers
+from modeling_vit_custom.convert.__main__ import main
+
+
+BOUND = 1e-5
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=", ".join)
+@torch.no_grad()
+def test_a_checkpoint_gives_the_outputs_of_its_own_library(source, tmp_path):
+    made = SOURCES[source](tmp_path, TINY)
+    ours, _ = convert(made.path)
+    images = make_images(2, made.image_size)
+    expected = outputs_of(made.peer, images)
+    assert expected.std() > 0.05
+    assert max_difference(outputs_of(ours, images), expected) <= BOUND
+    assert ours.config.native_size == (made.image_size, made.image_size)
+    assert not ours.training
+
+
+# What each library has no model for.
+NOT_THERE = {
+    to_timm: ("PVT", "ViTMAE", "SimMIM", "pre-logits"),
+    to_transformers: ("DeiT III", "fine-tuned", "pre-logits"),
+}
+
+
+@pytest.mark.parametrize(("there", "back"), [(to_timm, from_timm), (to_transformers, from_transformers)])
+@pytest.mark.parametrize("source", SOURCES, ids=", ".join)
+@torch.no_grad()
+def test_the_way_there_and_back_changes_no_bit(source, there, back, tmp_path):
+    made = SOURCES[source](tmp_path, TINY)
+    ours, _ = convert(made.path)
+    if any(name in part for part in source for name in NOT_THERE[there]):
+        with pytest.raises(ValueError, match=r"ha(s|ve) no"):
+            there(ours)
+        return
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        theirs = there(ours)
+    epsilons_differ = any("epsilon" in str(each.message) for each in warned)
+    images = make_images(2, made.image_size)
+    assert max_difference(outputs_of(theirs, images), outputs_of(ours, images)) <= (1e-3 if epsilons_differ else BOUND)
+    before = ours.state_dict()
+    again = back(theirs).state_dict()
+    for parameter in theirs.parameters():
+        parameter.zero_()  # which is nobody else's
+    for name, tensor in before.items():
+        assert torch.equal(again.pop(name), tensor), name
+    assert not again
+
+
+# ------------------------------------------------------------------------------------------------- what comes along
+
+
+def test_labels_normalisation_and_size_come_along(tmp_path):
+    made = SOURCES["timm folder", "ViT"](tmp_path, TINY)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["pretrained_cfg"] |= {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "crop_pct": 0.8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours, processor = convert(made.path)
+    assert ours.config.id2label == {index: f"class {index}" for index in range(11)}
+    assert (list(processor.image_mean), list(processor.image_std)) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    assert processor.size["shortest_edge"] == 40
+    assert (processor.crop_size["height"], processor.crop_size["width"]) == (32, 32)
+    _, plain = convert(SOURCES["Google's .npz, vit_jax", "ViT"](tmp_path, TINY).path)
+    assert (list(plain.image_mean), list(plain.image_std)) == ([0.5] * 3, [0.5] * 3)
+
+
+def test_transformers_preprocessing_comes_along(tmp_path):
+    made = SOURCES["transformers 5.x", "DeiT"](tmp_path, TINY)
+    ViTImageProcessor(image_mean=[0.1] * 3, image_std=[0.2] * 3, resample=2).save_pretrained(made.path)
+    _, processor = convert(made.path)
+    assert (list(processor.image_mean), list(processor.image_std), processor.resample) == ([0.1] * 3, [0.2] * 3, 2)
+    assert (processor.size["height"], processor.size["width"]) == (32, 32)
+
+
+@torch.no_grad()
+def test_a_checkpoint_in_parts_opens(tmp_path):
+    made = SOURCES["transformers 4.x", "Swin"](tmp_path, TINY)
+    (tmp_path / "model.safetensors").unlink()
+    made.peer.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    images = make_images(2, made.image_size)
+    assert max_difference(outputs_of(convert(tmp_path)[0], images), outputs_of(made.peer, images)) <= BOUND
+
+
+@torch.no_grad()
+def test_bfloat16_of_google_opens(tmp_path):
+    peer = timm.create_model(**TINY.vit, num_classes=11)
+    made = google(tmp_path, peer, "bfloat16")
+    ours, _ = convert(made.path)
+    assert ours.dtype == torch.bfloat16
+    assert torch.equal(ours.head.classifier.weight, made.peer.head.weight)
+
+
+def test_heads_are_those_of_a_preset_or_given(tmp_path):
+    odd = {**TINY.vit, "embed_dim": 96, "num_heads": 3}
+    torch.save(timm.create_model(**odd).state_dict(), tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match=r"attention heads.*--preset"):
+        convert(tmp_path / "odd.pth")
+    assert convert(tmp_path / "odd.pth", num_attention_heads=3)[0].config.num_attention_heads == 3
+    assert convert(tmp_path / "odd.pth", preset="deit_tiny_patch16_224")[0].config.num_attention_heads == 3
+
+
+def test_weights_behind_wrappers_open(tmp_path):
+    made = SOURCES["timm .pth", "ViT"](tmp_path, TINY)
+    tensors = {f"module.{name}": tensor for name, tensor in made.peer.state_dict().items()}
+    training = {"state_dict": tensors, "epoch": 3, "args": argparse.Namespace(lr=0.1), "optimizer": {"state": {}}}
+    torch.save(training, tmp_path / "wrapped.pth")
+    ours, _ = convert(tmp_path / "wrapped.pth")
+    assert torch.equal(ours.head.classifier.weight, made.peer.head.weight)
+
+
+# --------------------------------------------------------------------------------------------------- what is refused
+
+
+class Malicious:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.file}",)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def drop(path: Path, name: str) -> None:
+    tensors = torch.load(path, weights_only=True)
+    del tensors[name]
+    torch.save(tensors, path)
+
+
+def rename(path: Path, old: str, new: str) -> None:
+    tensors = torch.load(path, weights_only=True)
+    tensors[new] = tensors.pop(old)
+    torch.save(tensors, path)
+
+
+def change(path: Path, function: Callable) -> None:
+    torch.save({name: function(tensor) for name, tensor in torch.load(path, weights_only=True).items()}, path)
+
+
+def add(path: Path) -> None:
+    torch.save({**torch.load(path, weights_only=True), "extra.weight": torch.zeros(2)}, path)
+
+
+def bend(path: Path) -> None:
+    torch.save({**torch.load(path, weights_only=True), "blocks.1.mlp.fc2.bias": torch.zeros(7)}, path)
+
+
+def spoil(path: Path) -> None:
+    tensors = torch.load(path, weights_only=True)
+    tensors["blocks.0.norm1.weight"][3] = float("nan")
+    torch.save(tensors, path)
+
+
+DAMAGES = {
+    "cut off": (cut, "no whole file of weights"),
+    "empty": (lambda path: path.write_bytes(b""), "no whole file of weights"),
+    "text": (lambda path: path.write_text("<html>not found</html>"), "no whole file of weights"),
+    "missing": (lambda path: drop(path, "blocks.0.norm1.bias"), "missing blocks.0.norm1.bias"),
+    "missing block": (lambda path: drop(path, "patch_embed.proj.weight"), "unexpected|they are of no ViT"),
+    "unexpected": (add, "unexpected extra.weight"),
+    "other shape": (bend, r"mlp.fc2.bias has the shape \(7,\)"),
+    "not finite": (spoil, "not finite"),
+    "a block is missing": (
+        lambda path: [drop(path, name) for name in torch.load(path, weights_only=True) if "blocks.0." in name],
+        "blocks are missing",
+    ),
+    "a number of blocks that nobody has": (
+        lambda path: rename(path, "blocks.1.norm1.weight", "blocks.999999999999.norm1.weight"),
+        "blocks are missing",
+    ),
+    "integers": (lambda path: change(path, torch.Tensor.long), "weights must be floating-point numbers"),
+    "no dimensions": (lambda path: change(path, torch.Tensor.sum), "must have 2 or 4 dimensions"),
+    "ResNet": (lambda path: torch.save(timm.create_model("resnet18").state_dict(), path), "they are of no ViT"),
+    "list": (lambda path: torch.save([torch.zeros(2)], path), "no tensors are in it"),
+}
+
+
+@pytest.mark.parametrize(("damage", "expected"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_file_is_one_line_and_nothing_is_written(damage, expected, tmp_path, capsys):
+    made = SOURCES["timm .pth", "ViT"](tmp_path, TINY)
+    damage(made.path)
+    with pytest.raises(SystemExit) as stop:
+        main([str(made.path), str(tmp_path / "ours")])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("convert: error: ")
+    assert re.search(expected, line)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["weights.pth"]
+
+
+@pytest.mark.parametrize("kind", ["torch", "pickle", "npz", "npy"])
+def test_nothing_that_a_file_holds_is_run(kind, tmp_path):
+    done, path = tmp_path / "done", tmp_path / "weights"
+    if kind == "torch":
+        torch.save({"model": Malicious(done)}, path)
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Malicious(done)))
+    elif kind == "npz":
+        np.savez(tmp_path / "made.npz", weights=np.array([Malicious(done)], dtype=object))
+        (tmp_path / "made.npz").rename(path)
+    else:
+        with path.open("wb") as file:
+            np.save(file, np.array([Malicious(done)], dtype=object))
+    with pytest.raises(ValueError, match=r"could run code|no whole file"):
+        convert(path)
+    assert not done.exists()
+
+
+def test_an_index_leads_to_nothing_outside_of_its_folder(tmp_path):
+    made = SOURCES["transformers 5.x", "ViT"](tmp_path, TINY)
+    (tmp_path / "model.safetensors").rename(tmp_path.parent / "outside.safetensors")
+    index = {"weight_map": {"classifier.weight": "../outside.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="which is not there"):
+        convert(made.path)
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+@torch.no_grad()
+def test_the_command_converts_there_and_back(tmp_path, capsys):
+    made = SOURCES["timm folder", "ViT"](tmp_path / "source", TINY)
+    main([str(made.path), str(tmp_path / "ours")])
+    assert "11 classes for 32 x 32 pixels" in capsys.readouterr().out
+    images = make_images(2, 32)
+    expected = outputs_of(made.peer, images)
+    ours = AutoModelForImageClassification.from_pretrained(tmp_path / "ours")
+    assert max_difference(outputs_of(ours, images), expected) <= BOUND
+    assert AutoImageProcessor.from_pretrained(tmp_path / "ours").crop_size["height"] == 32
+    main([str(tmp_path / "ours"), str(tmp_path / "timm"), "--to", "timm"])
+    again = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    assert torch.equal(outputs_of(again, images), expected)
+    assert again.pretrained_cfg["label_names"] == [f"class {index}" for index in range(11)]
+    main([str(made.path), str(tmp_path / "transformers"), "--to", "transformers"])
+    theirs = AutoModelForImageClassification.from_pretrained(tmp_path / "transformers").eval()
+    assert type(theirs).__name__ == "ViTForImageClassification"
+    assert max_difference(outputs_of(theirs, images), expected) <= BOUND
+    main([str(made.path), str(tmp_path / "npz"), "--to", "npz"])
+    assert set(np.load(tmp_path / "npz" / "model.npz").files) == set(flax_arrays(made.peer, big_vision=False))
+
+
+def test_the_command_resizes_and_rounds(tmp_path):
+    made = SOURCES["timm folder", "Swin"](tmp_path / "source", TINY)
+    main([str(made.path), str(tmp_path / "ours"), "--image_size", "128", "--window_size", "4", "--dtype", "bfloat16"])
+    config = AutoConfig.from_pretrained(tmp_path / "ours")
+    assert (config.image_size, config.window_size, config.dtype) == (128, 4, torch.bfloat16)
+    assert AutoImageProcessor.from_pretrained(tmp_path / "ours").crop_size["height"] == 128
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["nowhere.pth", "OUT"], "there is no file or folder 'nowhere.pth'"),
+        (["nowhere/nothing", "OUT"], "on the Hub it does not open"),
+        (["SOURCE", "SOURCE"], "is a file"),
+        (["SOURCE", "FULL"], "is not empty: pass --overwrite"),
+        (["SOURCE", "OUT", "--to", "onnx"], "invalid choice: 'onnx'"),
+        (["SOURCE", "OUT", "--window_size", "3"], "comes with --image_size"),
+        (["SOURCE", "OUT", "--image_size", "64", "--window_size", "3"], "the model must have windows"),
+        (["SOURCE", "OUT", "--image_size", "0"], "0 must be at least 1"),
+        (["SOURCE", "OUT", "--num_attention_heads", "7"], "not a multiple of num_attention_heads=7"),
+        (["FULL", "OUT"], "no weights, such as model.safetensors"),
+    ],
+)
+def test_mistakes_are_one_line_and_nothing_is_written(argv, expected, tmp_path, capsys, monkeypatch):
+    made = SOURCES["timm .pth", "ViT"](tmp_path, TINY)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    places = {"SOURCE": str(made.path), "OUT": "out", "FULL": "full"}
+    with pytest.raises(SystemExit) as stop:
+        main([places.get(each, each) for each in argv])
+    assert stop.value.code == 2
+    assert expected in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "weights.pth"]
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
