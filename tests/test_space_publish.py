@@ -144,7 +144,7 @@ def test_what_was_uploaded_runs_where_there_is_nothing_else(hub, checkpoint, tmp
     environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
     code = (
         "import runpy, sys\n"
-        "sys.modules |= dict.fromkeys(('trainers', 'model_cards'))  # nobody has these there\n"
+        "sys.modules |= dict.fromkeys(('timm', 'trainers', 'model_cards'))  # nobody has these there\n"
         f"sys.path.insert(0, {str(folder)!r})\n"
         "import modeling_vit_custom\n"
         f"assert modeling_vit_custom.__file__.startswith({str(folder)!r}), modeling_vit_custom.__file__\n"

@@ -6,7 +6,6 @@ open already, `to_transformers`, `to_timm` and `to_npz` go back, and `export` wr
 
 import os
 from collections.abc import Callable, Mapping
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +29,6 @@ from .preprocessing import make_image_processor
 
 
 __all__ = ["convert", "export", "from_timm", "from_transformers", "to_npz", "to_timm", "to_transformers"]
-
-
-T = TypeVar("T")
 
 
 def convert(
@@ -62,7 +58,7 @@ def convert(
         layout, known = read_metadata(checkpoint)
         if preset is not None:
             known = {**known, **_read_preset(preset, checkpoint.config)}
-        model = build(layout, checkpoint.tensors, checkpoint.shapes, {**known, **fields})
+        model = build(layout, checkpoint.tensors, checkpoint.tensors.shapes, {**known, **fields})
     except ValueError as error:
         raise ValueError(f"cannot convert {str(source)!r}: {error}") from error
     timm_config = checkpoint.config.get("pretrained_cfg") or {}
@@ -126,11 +122,11 @@ def build(
         ValueError: if tensors are missing, left over or of another shape.
     """
     pieces, strange = layout.read(shapes)
+    if "head.classifier.weight" in pieces and "head.distillation_classifier.weight" not in pieces:
+        pieces = _as_registers(pieces)
     own_shapes = shapes_of_ours(pieces, shapes)
     fields = read_fields(own_shapes, known)
     config, target = ViTCustomConfig(**fields), _choose_class(pieces)
-    if not config.use_distillation_token:
-        pieces = _as_registers(pieces)
     prefix = "model." if target is ViTCustomModel else ""
     with torch.device("meta"):
         expected = {prefix + each: tuple(tensor.shape) for each, tensor in target(config).state_dict().items()}
@@ -142,8 +138,6 @@ def build(
             f"its weights, taken as {layout.title}, do not fit: {_list('missing', missing)}"
             f"{', ' * bool(missing and unexpected)}{_list('unexpected', unexpected)}"
         )
-    if not config.use_distillation_token:
-        own_shapes = _as_registers(own_shapes)
     check_shapes(own_shapes, shapes_of_ours(own, expected))
     stacks: dict[str, list[Piece]] = {}
     for each, piece in own.items():
@@ -181,7 +175,8 @@ def _choose_class(names: Mapping) -> type[ViTCustomPreTrainedModel]:
     return ViTCustomForImageClassification if "head.classifier.weight" in names else ViTCustomModel
 
 
-def _as_registers(pieces: Mapping[str, T]) -> dict[str, T]:
+def _as_registers(pieces: Mapping[str, Piece]) -> dict[str, Piece]:
+    """A distillation token without a head of its own is but one more token."""
     return {
         name.replace("prefix_tokens.distillation_token", "prefix_tokens.register_tokens"): piece
         for name, piece in pieces.items()
@@ -198,7 +193,7 @@ def _fold_prefix_positions(state: dict[str, Tensor], config: ViTCustomConfig) ->
         is_decoder = name.startswith("decoder.")
         stage = config.decoder_stage if is_decoder else config.stages[int(name.split(".")[2])]
         rows = count_position_rows(state[name].shape, stage.grid_size)
-        positions, state[name] = state[name][:, : max(rows, 0)], state[name][:, max(rows, 0) :].clone()
+        positions, state[name] = state[name][:, :rows], state[name][:, rows:].clone()
         if is_decoder:
             if positions.any():
                 raise ValueError("the decoder gives its class token a position, which has no counterpart")

@@ -39,16 +39,12 @@ class Checkpoint:
     """What a source holds.
 
     Attributes:
-        name: What messages call it.
-        tensors: Read when they are asked for.
-        shapes: Of all of them, known without reading them.
+        tensors: Read when they are asked for; their `shapes` are known without reading them.
         config: The contents of `config.json`; empty of a single file.
         preprocessor: The contents of `preprocessor_config.json`; empty where there is none.
     """
 
-    name: str
-    tensors: Mapping[str, Tensor]
-    shapes: Mapping[str, tuple[int, ...]]
+    tensors: "_Tensors"
     config: dict = field(default_factory=dict)
     preprocessor: dict = field(default_factory=dict)
 
@@ -63,13 +59,12 @@ def open_checkpoint(source: str | os.PathLike, revision: str = "main") -> Checkp
     if not path.exists():
         path = _download(str(source), revision)
     if path.is_file():
-        tensors = _open_file(path)
-        return Checkpoint(str(source), tensors, tensors.shapes)
+        return Checkpoint(_open_file(path))
     config, preprocessor = _read_json(path / CONFIG), _read_json(path / PREPROCESSOR)
     files = _find_weights(path)
     parts = [_open_file(file) for file in files]
     tensors = parts[0] if len(parts) == 1 else _Joined(parts)
-    return Checkpoint(str(source), tensors, tensors.shapes, config, preprocessor)
+    return Checkpoint(tensors, config, preprocessor)
 
 
 def _download(name: str, revision: str) -> Path:
@@ -161,13 +156,11 @@ class _Tensors(Mapping[str, Tensor]):
 
 class _Safetensors(_Tensors):
     def __init__(self, path: Path):
-        self.path = path
-        with safe_open(path, "pt") as file:
-            self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        self.file = safe_open(path, "pt")
+        self.shapes = {name: tuple(self.file.get_slice(name).get_shape()) for name in self.file.keys()}  # noqa: SIM118
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self.path, "pt") as file:
-            return file.get_tensor(name)
+        return self.file.get_tensor(name)
 
 
 class _PyTorch(_Tensors):

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 import transformers
 from torch import Tensor, nn
@@ -43,6 +42,8 @@ def export(model: ViTCustomPreTrainedModel, image_processor: ViTImageProcessor, 
         to_transformers(model, copy=False).save_pretrained(folder)
         image_processor.save_pretrained(folder)
     else:
+        import timm
+
         theirs, (name, options) = to_timm(model, copy=False), timm_architecture(model)
         theirs.pretrained_cfg = {"architecture": name, "num_classes": theirs.num_classes}
         theirs.pretrained_cfg |= describe_preprocessing(image_processor, model.config)
@@ -59,6 +60,8 @@ def to_timm(model: ViTCustomPreTrainedModel, copy: bool = True) -> nn.Module:
         model: With any weights.
         copy: Otherwise both share tensors, in half the memory: use only one of them from then on.
     """
+    import timm  # here and below: a Space, where models are opened as well, need not have it
+
     name, options = timm_architecture(model)
     layout = TIMM_SWIN if "swin" in name else TIMM_VIT
     # Swin's buffers follow from its configuration, and are not saved.

@@ -45,9 +45,6 @@ def read_fields(shapes: Shapes, known: Mapping) -> dict:
     reductions = [_find(shapes, f"{block}attention.reduction.weight", 4) for block in first_blocks]
     last = f"{stages[-1]}prefix_tokens."
     tokens = {name: _shape(shapes, last + name, 3)[1] for name in PREFIX_TOKENS if last + name in shapes}
-    if "distillation_token" in tokens and _is_single_headed(shapes):
-        # Without a head of its own it is but one more token.
-        tokens["register_tokens"] = tokens.pop("distillation_token") + tokens.get("register_tokens", 0)
     mean = "class_token" not in tokens or "model.pooling.norm.weight" in shapes
     fields = {
         "num_channels": embeddings[0][1],
@@ -134,10 +131,6 @@ def _shape(shapes: Shapes, name: str, *dimensions: int) -> tuple[int, ...]:
     if shape is None:
         raise ValueError(f"a tensor is missing: {name}")
     return shape
-
-
-def _is_single_headed(shapes: Shapes) -> bool:
-    return "head.classifier.weight" in shapes and "head.distillation_classifier.weight" not in shapes
 
 
 def _read_window(table: tuple[int, ...]) -> int:

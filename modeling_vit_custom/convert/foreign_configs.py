@@ -3,7 +3,6 @@
 All raise ValueError for what this family does not have: a model that opened anyway would be wrong.
 """
 
-import timm
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -62,12 +61,14 @@ def read_metadata(checkpoint: Checkpoint) -> tuple[Layout, dict]:
         if names and len(names) == model.num_classes:
             known |= {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
         return timm_layout(model), known
-    layout = recognise(checkpoint.shapes)
+    layout = recognise(checkpoint.tensors)
     return layout, KNOWN_OF_FILES.get(layout.title, {})
 
 
 def _make_timm_model(config: dict) -> nn.Module:
     """Without weights, which tells what the architecture's name stands for."""
+    import timm  # which a Space, where models are opened as well, need not have
+
     name = str(config["architecture"])
     if not timm.is_model(name):
         raise ValueError(f"timm knows no architecture {name!r}")
