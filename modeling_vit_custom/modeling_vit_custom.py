@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -29,14 +30,26 @@ from .configuration_vit_custom import AUTO_MAP, StageConfig, ViTCustomConfig
 
 def count_patches(size: tuple[int, int], patch_size: int) -> tuple[int, int]:
     """Grid (h, w) of patches over a size (H, W); a side that the patch does not divide is padded."""
-    return -(-size[0] // patch_size), -(-size[1] // patch_size)
+    # Not -(-side // patch_size): the division of ONNX rounds towards zero.
+    return (size[0] + patch_size - 1) // patch_size, (size[1] + patch_size - 1) // patch_size
+
+
+def same_size(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two sizes are equal; where a graph is exported for all sizes, whether they always are.
+
+    What is skipped for equal sizes, padding by nothing or positions at their own resolution, changes nothing if done.
+    """
+    if torch.compiler.is_exporting():
+        return all(statically_known_true(side == other_side) for side, other_side in zip(size, other))
+    return size == other
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
     """Pad with zeros at the bottom and right: (B, C, H, W) -> (B, C, H', W') with sides that `multiple` divides."""
     height, width = image.shape[-2:]
-    bottom, right = -height % multiple, -width % multiple
-    return F.pad(image, (0, right, 0, bottom)) if bottom or right else image
+    rows, columns = count_patches((height, width), multiple)
+    padded = rows * multiple, columns * multiple
+    return image if same_size(padded, (height, width)) else F.pad(image, (0, padded[1] - width, 0, padded[0] - height))
 
 
 def to_image(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -106,8 +119,9 @@ class PatchMerging(nn.Module):
         self.projection = nn.Linear(merged_channels, stage.hidden_size, bias=False)
 
     def forward(self, image: Tensor) -> Tensor:
-        image = pad_to_multiple(image, self.patch_size)
-        patches = image.unflatten(3, (-1, self.patch_size)).unflatten(2, (-1, self.patch_size))
+        rows, columns = count_patches(tuple(image.shape[-2:]), self.patch_size)
+        patches = pad_to_multiple(image, self.patch_size)
+        patches = patches.unflatten(3, (columns, self.patch_size)).unflatten(2, (rows, self.patch_size))
         # (B, C, h, rows, w, columns) -> (B, h, w, columns, rows, C)
         patches = patches.permute(0, 2, 4, 5, 3, 1).flatten(3).flatten(1, 2)
         return self.projection(self.norm(patches))
@@ -132,7 +146,7 @@ class PositionEmbedding(nn.Module):
 
     def interpolate(self, grid: tuple[int, int]) -> Tensor:
         """Positions of a grid: (1, N, D)."""
-        if grid == self.grid_size:
+        if same_size(grid, self.grid_size):
             return self.weight
         return interpolate_table(self.weight, self.grid_size, grid, self.antialias)
 
@@ -333,15 +347,14 @@ def window_mask(grid: tuple[int, int], window_size: int, shift: tuple[int, int],
     Padding attends to padding, so that no row is masked out as a whole.
     """
     regions = []
-    for side, shift_of_side in zip(grid, shift):
-        padded = side + -side % window_size
-        position = (torch.arange(padded, device=device) + shift_of_side) % padded
-        wrapped = torch.arange(padded, device=device) >= padded - shift_of_side
-        regions.append(torch.where(position < side, wrapped.long(), -1))
-    rows, columns = regions[0][:, None], regions[1][None]
-    region = torch.where((rows < 0) | (columns < 0), -1, 2 * rows + columns)
-    region = region.unflatten(1, (-1, window_size)).unflatten(0, (-1, window_size)).transpose(1, 2)
-    region = region.reshape(-1, window_size**2)
+    for side, count, shift_of_side in zip(grid, count_patches(grid, window_size), shift):
+        padded = count * window_size
+        shifted = torch.arange(padded, device=device) + shift_of_side
+        wraps = shifted >= padded
+        is_padding = torch.where(wraps, shifted - padded, shifted) >= side
+        regions.append(torch.where(is_padding, -1, wraps.long()).unflatten(0, (count, window_size)))
+    vertical, horizontal = regions[0][:, None, :, None], regions[1][None, :, None, :]
+    region = torch.where((vertical < 0) | (horizontal < 0), -1, 2 * vertical + horizontal).flatten(2).flatten(0, 1)
     return torch.where(region[:, :, None] == region[:, None, :], 0.0, -math.inf)
 
 
@@ -367,39 +380,47 @@ class WindowAttention(Attention):
         self, hidden_states: Tensor, grid: tuple[int, int], output_attentions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         size, (height, width), shift = self.window_size, grid, self.shift(grid)
-        bottom, right = -height % size, -width % size
+        rows, columns = count_patches(grid, size)
+        padded = rows * size, columns * size
+        is_padded, is_shifted = not same_size(padded, grid), not same_size(shift, (0, 0))
 
         qkv = self.qkv(hidden_states).unflatten(1, grid)
-        if bottom or right:
-            qkv = F.pad(qkv, (0, 0, 0, right, 0, bottom))
-        if any(shift):
+        if is_padded:
+            qkv = F.pad(qkv, (0, 0, 0, padded[1] - width, 0, padded[0] - height))
+        if is_shifted:
             qkv = qkv.roll((-shift[0], -shift[1]), dims=(1, 2))
         # Windows become heads of one long list, so that bias and mask are shared by all images without a copy.
         # (B, rows, M, columns, M, 3, A, d) -> (3, B, rows * columns * A, M * M, d)
-        qkv = qkv.unflatten(2, (-1, size)).unflatten(1, (-1, size)).unflatten(-1, (3, self.num_heads, self.head_dim))
-        rows, columns = qkv.shape[1], qkv.shape[3]
+        qkv = qkv.unflatten(2, (columns, size)).unflatten(1, (rows, size))
+        qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
         query, key, value = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).flatten(2, 4).unbind(0)
 
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
         bias = bias.expand(rows * columns, -1, -1, -1)
-        if any(shift) or bottom or right:
+        if is_padded or is_shifted:
             bias = bias + window_mask(grid, size, shift, bias.device).unsqueeze(1)
         bias = bias.flatten(0, 1).unsqueeze(0).to(query.dtype)
 
         attended, weights = self.attend(query, key, value, bias, output_attentions)
         # (B, M * M, rows * columns * A, d) -> (B, rows * M, columns * M, D)
         attended = attended.unflatten(2, (rows, columns, self.num_heads)).unflatten(1, (size, size))
-        attended = attended.permute(0, 3, 1, 4, 2, 5, 6).flatten(5).flatten(3, 4).flatten(1, 2)
-        if any(shift):
+        # A copy is needed in any case; said explicitly, a graph for all sizes need not ask whether it is.
+        attended = attended.permute(0, 3, 1, 4, 2, 5, 6).clone(memory_format=torch.contiguous_format)
+        attended = attended.flatten(5).flatten(3, 4).flatten(1, 2)
+        if is_shifted:
             attended = attended.roll(shift, dims=(1, 2))
-        attended = attended[:, :height, :width].flatten(1, 2)
+        if is_padded:
+            attended = F.pad(attended, (0, 0, 0, width - padded[1], 0, height - padded[0]))
+        attended = attended.flatten(1, 2)
         if weights is not None:
             weights = weights.unflatten(1, (rows * columns, self.num_heads)).flatten(0, 1)
         return self.dropout(self.projection(attended)), weights
 
     def shift(self, grid: tuple[int, int]) -> tuple[int, int]:
         """By how many patches the windows of a grid are shifted, down and to the right."""
-        return tuple(self.window_size // 2 if self.shifted and side > self.window_size else 0 for side in grid)
+        step = self.window_size // 2 if self.shifted else 0
+        # As arithmetic, which can be exported for all sizes.
+        return tuple(step * torch.sym_min(torch.sym_max(side - self.window_size, 0), 1) for side in grid)
 
     @torch.no_grad()
     def resize(self, window_size: int):
@@ -623,12 +644,14 @@ class ViTCustomPreTrainedModel(PreTrainedModel):
         """As in the base class; weights that are not finite are refused.
 
         Raises:
-            ValueError: naming the first tensor with a NaN or an infinity; tensors left on disk are not looked at.
+            ValueError: naming the first tensor with a NaN or an infinity; tensors left on disk and those of a
+                quantisation library, which are of its own kinds, are not looked at.
         """
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+            is_readable = type(tensor) is Tensor and tensor.is_floating_point() and not tensor.is_meta
+            if is_readable and not tensor.isfinite().all():
                 count = int((~tensor.isfinite()).sum())
                 raise ValueError(
                     f"{pretrained_model_name_or_path or 'state_dict'}: {name} holds {count} values that are not "
@@ -1368,8 +1391,7 @@ class ViTCustomBackbone(BackboneMixin, ViTCustomPreTrainedModel):
             stage = self.stage_of[index]
             tokens = outputs.hidden_states[self.layers[index]]
             tokens = self.norms[name](tokens) if name in self.norms else self.model.norm(tokens)
-            num_patches = grids[stage][0] * grids[stage][1]
-            feature_map = to_image(tokens[:, -num_patches:], grids[stage])
+            feature_map = to_image(tokens[:, self.config.stages[stage].num_prefix_tokens :], grids[stage])
             if self.config.out_strides is not None:
                 feature_map = resize_map(feature_map, count_patches(size, self.config.out_strides[position]))
             feature_maps.append(feature_map.contiguous())

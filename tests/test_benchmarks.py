@@ -11,19 +11,23 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from benchmarks import conversions, fidelity, kills, lift, load, prediction, ranks, speed
+from benchmarks import conversions, fidelity, graphs, kills, lift, load, prediction, ranks, speed, transformers_4
 from benchmarks.foreign_files import SOURCES
 from torch import nn
+
+from modeling_vit_custom.convert.graphs import OLDEST_TORCH
 
 
 FOLDER = Path(__file__).parent / "benchmarks"
 SCRIPTS = {
     "conversions": conversions,
     "fidelity": fidelity,
+    "graphs": graphs,
     "lift": lift,
     "load": load,
     "prediction": prediction,
     "speed": speed,
+    "transformers_4": transformers_4,
     "kills": kills,
     "ranks": ranks,
 }
@@ -133,6 +137,17 @@ def test_conversions_are_tabulated(tmp_path):
     assert conversions.main(["--tiny", "--output", str(tmp_path / "table.md")]) == 0
     rows = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + len(SOURCES)
+
+
+@pytest.mark.skipif(torch.__version__ < OLDEST_TORCH, reason=f"torch traces for all sizes from {OLDEST_TORCH} on")
+def test_graphs_are_tabulated(tmp_path, monkeypatch):
+    monkeypatch.setattr(graphs, "BATCHES", ((1, 32, 32), (2, 40, 24)))
+    argv = ["--presets", "vit_nano_patch4_32", "--output", str(tmp_path / "table.md")]
+    assert graphs.main(argv) == 0
+    (row,) = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| vit_nano")]
+    assert all(float(cell) <= graphs.BOUND for cell in row.split(" | ")[1:5])
+    monkeypatch.setattr(graphs, "max_difference", lambda ours, theirs: float("nan"))
+    assert graphs.main(argv[:2]) == 1
 
 
 def test_commands_of_the_readme_parse():

@@ -15,6 +15,8 @@ import timm
 import torch
 from benchmarks.foreign_files import SOURCES, TINY, flax_arrays, google, outputs_of
 from benchmarks.peers import make_images, max_difference
+from huggingface_hub import HfApi
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
 
 from modeling_vit_custom.convert import convert, from_timm, from_transformers, to_timm, to_transformers
@@ -69,6 +71,18 @@ def test_the_way_there_and_back_changes_no_bit(source, there, back, tmp_path):
     assert not again
 
 
+@pytest.mark.parametrize("architecture", ["ViT", "DeiT", "PVT", "Swin", "ViTMAE"])
+def test_transformers_gets_the_names_that_it_writes_itself(architecture, tmp_path):
+    """Those of 4.x, which older versions open as well."""
+    (tmp_path / "made").mkdir()
+    made = SOURCES["transformers 5.x", architecture](tmp_path / "made", TINY)
+    theirs = to_transformers(convert(made.path)[0])
+    theirs.save_pretrained(tmp_path / "ours")
+    type(theirs)(theirs.config).save_pretrained(tmp_path / "theirs")
+    names = [set(load_file(tmp_path / each / "model.safetensors")) for each in ("ours", "theirs")]
+    assert names[0] == names[1]
+
+
 # ------------------------------------------------------------------------------------------------- what comes along
 
 
@@ -92,6 +106,17 @@ def test_transformers_preprocessing_comes_along(tmp_path):
     _, processor = convert(made.path)
     assert (list(processor.image_mean), list(processor.image_std), processor.resample) == ([0.1] * 3, [0.2] * 3, 2)
     assert (processor.size["height"], processor.size["width"]) == (32, 32)
+
+
+def test_labels_of_a_pvt_that_transformers_4_wrote(tmp_path):
+    """Its configuration has names and no number, for which 5.x takes 1000."""
+    made = SOURCES["transformers 4.x", "PVT"](tmp_path, TINY)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["num_labels"]
+    config |= {"id2label": {str(index): f"kind {index}" for index in range(11)}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours, _ = convert(made.path)
+    assert ours.config.id2label == {index: f"kind {index}" for index in range(11)}
 
 
 @torch.no_grad()
@@ -129,6 +154,68 @@ def test_weights_behind_wrappers_open(tmp_path):
     torch.save(training, tmp_path / "wrapped.pth")
     ours, _ = convert(tmp_path / "wrapped.pth")
     assert torch.equal(ours.head.classifier.weight, made.peer.head.weight)
+
+
+# ------------------------------------------------------------------------------------------------------ from the Hub
+
+
+@torch.no_grad()
+def test_a_model_on_the_hub_opens_under_a_revision(hub, tmp_path, capsys):
+    """Two versions of one repository, written by timm and by transformers, a branch and a commit."""
+    api = HfApi()
+    api.create_repo("someone/model")
+    made = {}
+    for source, branch in ((("timm folder", "Swin"), "main"), (("transformers 4.x", "ViT"), "older")):
+        folder = tmp_path / branch
+        folder.mkdir()
+        made[branch] = SOURCES[source](folder, TINY)
+        if branch != "main":
+            api.create_branch("someone/model", branch=branch)
+        pushed = api.upload_folder(repo_id="someone/model", folder_path=folder, revision=branch, delete_patterns="*")
+        made[pushed.oid] = made[branch]
+    for revision, source in made.items():
+        ours, _ = convert("someone/model", revision=revision)
+        images = make_images(2, source.image_size)
+        assert max_difference(outputs_of(ours, images), outputs_of(source.peer, images)) <= BOUND
+    main(["someone/model", str(tmp_path / "out"), "--revision", "older"])
+    assert "ViTCustomForImageClassification, 11 classes" in capsys.readouterr().out
+    opened = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert max_difference(outputs_of(opened, images), outputs_of(made["older"].peer, images)) <= BOUND
+
+
+@torch.no_grad()
+def test_a_model_of_ours_on_the_hub_goes_elsewhere(hub, tmp_path):
+    made = SOURCES["timm folder", "Swin"](tmp_path, TINY)
+    ours, processor = convert(made.path)
+    HfApi().create_repo("someone/model")
+    HfApi().create_branch("someone/model", branch="trained")
+    for each in (ours, processor):
+        each.save_pretrained(tmp_path / "ours")
+    HfApi().upload_folder(repo_id="someone/model", folder_path=tmp_path / "ours", revision="trained")
+    main(["someone/model", str(tmp_path / "out"), "--revision", "trained", "--to", "transformers"])
+    opened = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    images = make_images(2, made.image_size)
+    assert max_difference(outputs_of(opened, images), outputs_of(made.peer, images)) <= BOUND
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("someone/missing", [], "there is no file or folder 'someone/missing', and on the Hub it does not open"),
+        ("someone/model", ["--revision", "nowhere"], "there is no file or folder 'someone/model', and on the Hub"),
+        ("someone/model", [], "'someone/model' holds no weights, such as model.safetensors"),
+    ],
+    ids=["repository", "revision", "empty"],
+)
+def test_what_the_hub_has_not_is_one_line(name, options, message, hub, tmp_path, capsys):
+    HfApi().create_repo("someone/model")
+    with pytest.raises(SystemExit) as stopped:
+        main([name, str(tmp_path / "out"), *options])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"convert: error: {message}")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 # --------------------------------------------------------------------------------------------------- what is refused
@@ -282,7 +369,7 @@ def test_the_command_resizes_and_rounds(tmp_path):
         (["nowhere/nothing", "OUT"], "on the Hub it does not open"),
         (["SOURCE", "SOURCE"], "is a file"),
         (["SOURCE", "FULL"], "is not empty: pass --overwrite"),
-        (["SOURCE", "OUT", "--to", "onnx"], "invalid choice: 'onnx'"),
+        (["SOURCE", "OUT", "--to", "keras"], "invalid choice: 'keras'"),
         (["SOURCE", "OUT", "--window_size", "3"], "comes with --image_size"),
         (["SOURCE", "OUT", "--image_size", "64", "--window_size", "3"], "the model must have windows"),
         (["SOURCE", "OUT", "--image_size", "0"], "0 must be at least 1"),

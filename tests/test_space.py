@@ -670,7 +670,8 @@ def test_a_model_of_a_run_that_was_not_made_is_one_line(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
-    assert result.stderr.splitlines() == [
+    # torch warns of how torchao registers itself, where that is installed.
+    assert [line for line in result.stderr.splitlines() if "torch/utils/_pytree.py" not in line] == [
         "app.py: error: there is no model in 'runs/digits': run `make quickstart` first or pass --model"
     ]
     assert result.stdout == ""

@@ -1,7 +1,8 @@
 """Checkpoints of other libraries as models of this family, and back, with the same weights.
 
 `convert` opens what lies in a file, a folder or on the Hub; `from_transformers` and `from_timm` take models that are
-open already, `to_transformers`, `to_timm` and `to_npz` go back, and `export` writes what they make.
+open already, `to_transformers`, `to_timm` and `to_npz` go back, `to_onnx` and `to_exported_program` make graphs for
+other runtimes, and `export` writes what they make.
 """
 
 import os
@@ -24,11 +25,22 @@ from .checkpoints import open_checkpoint
 from .export import export, to_npz, to_timm, to_transformers
 from .fields import PREFIX_TOKENS, check_shapes, count_position_rows, read_fields, shapes_of_ours
 from .foreign_configs import read_metadata, read_timm, read_transformers, timm_layout, transformers_layout
+from .graphs import to_exported_program, to_onnx
 from .layouts import Layout, Piece, assemble, own_pieces
 from .preprocessing import make_image_processor
 
 
-__all__ = ["convert", "export", "from_timm", "from_transformers", "to_npz", "to_timm", "to_transformers"]
+__all__ = [
+    "convert",
+    "export",
+    "from_timm",
+    "from_transformers",
+    "to_exported_program",
+    "to_npz",
+    "to_onnx",
+    "to_timm",
+    "to_transformers",
+]
 
 
 def convert(

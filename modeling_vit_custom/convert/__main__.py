@@ -1,4 +1,4 @@
-"""Convert a checkpoint of another library to this family, or one of this family to another library.
+"""Convert a checkpoint of another library to this family, or either to another library or a graph.
 
 Sources: Google's .npz; timm's folders and files; the files of DeiT, DeiT III, PVT, Swin, MAE and SimMIM; transformers'
 folders of ViT, DeiT, PVT, Swin, ViTMAE and SimMIM; torchvision's vit_* and swin_*. What it is, the tensors' names say.
@@ -17,6 +17,7 @@ from transformers import AutoConfig, ViTImageProcessor
 from transformers.utils import logging
 
 import modeling_vit_custom
+from modeling_vit_custom import ViTCustomConfig
 from modeling_vit_custom.convert import convert, export
 from modeling_vit_custom.convert.export import FORMATS
 from modeling_vit_custom.modeling_vit_custom import ViTCustomPreTrainedModel
@@ -37,6 +38,9 @@ examples:
 
   # and back
   {PROGRAM} runs/mine exported --to timm
+
+  # for onnxruntime, with images of any size
+  {PROGRAM} runs/mine exported --to onnx
 
 presets:
 {textwrap.indent(textwrap.fill(" ".join(list_presets()), 110), "  ")}"""
@@ -78,7 +82,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("source", metavar="SOURCE", help="file, folder, or user/name on the Hub; or a model of ours")
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", type=Path, help="a folder, new or empty")
-    parser.add_argument("--to", choices=FORMATS, help="write it as another library does")
+    parser.add_argument("--to", choices=FORMATS, help="write it as another library does, or as a graph")
     parser.add_argument("--preset", choices=list_presets(), metavar="NAME", help="size, where weights do not tell it")
     parser.add_argument("--num_attention_heads", type=positive, metavar="N", help="where no preset fits either")
     parser.add_argument("--image_size", type=positive, metavar="N", help="make it the native one: side in pixels")
@@ -111,20 +115,26 @@ def check_output_dir(folder: Path, overwrite: bool) -> None:
 
 def open_source(arguments: argparse.Namespace) -> tuple[ViTCustomPreTrainedModel, ViTImageProcessor]:
     """A model of ours as it is, anything else converted."""
-    if is_ours(arguments.source):
+    if is_ours(arguments.source, arguments.revision):
         if arguments.to is None and arguments.image_size is None and arguments.dtype is None:
             raise ValueError(f"{arguments.source!r} is a model of this family already: say what to do by --to")
-        config = AutoConfig.from_pretrained(arguments.source)
-        name = (config.architectures or ["ViTCustomModel"])[0]
-        opened = getattr(modeling_vit_custom, name).from_pretrained(arguments.source, dtype="auto").eval()
-        return opened, ViTImageProcessor.from_pretrained(arguments.source)
+        source, options = arguments.source, {"revision": arguments.revision}
+        name = (AutoConfig.from_pretrained(source, **options).architectures or ["ViTCustomModel"])[0]
+        opened = getattr(modeling_vit_custom, name).from_pretrained(source, dtype="auto", **options).eval()
+        return opened, ViTImageProcessor.from_pretrained(source, **options)
     fields = {} if arguments.num_attention_heads is None else {"num_attention_heads": arguments.num_attention_heads}
     return convert(arguments.source, arguments.revision, arguments.preset, **fields)
 
 
-def is_ours(source: str) -> bool:
-    config = Path(source, "config.json")
-    return config.is_file() and '"vit_custom"' in config.read_text(encoding="utf-8", errors="replace")
+def is_ours(source: str, revision: str) -> bool:
+    """Whether it is a folder, or a repository on the Hub, with a configuration of this family."""
+    if Path(source).is_file():
+        return False
+    try:
+        fields, _ = ViTCustomConfig.get_config_dict(source, revision=revision)
+    except OSError:  # it has none, or is not there, of which `convert` speaks
+        return False
+    return fields.get("model_type") == ViTCustomConfig.model_type
 
 
 def resize(

@@ -76,6 +76,8 @@ def _download(name: str, revision: str) -> Path:
     except (HfHubHTTPError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"there is no file or folder {name!r}, and on the Hub it does not open ({reason})") from error
+    if not folder.is_dir():
+        raise ValueError(f"{name!r} holds no weights, such as {WEIGHTS[0]}")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Models of this family as models of other libraries, with the same weights.
+"""Models of this family as models of other libraries, with the same weights, and as files.
 
 All raise ValueError for what the other library does not have.
 """
@@ -22,24 +22,32 @@ from ..modeling_vit_custom import (
     ViTCustomPreTrainedModel,
 )
 from .foreign_configs import TRANSFORMERS_LAYOUTS
+from .graphs import to_exported_program, to_onnx
 from .layouts import TIMM_SWIN, TIMM_VIT, TRANSFORMERS_SINGLE_DEIT, VIT_JAX, Layout, assemble, own_pieces
 from .preprocessing import describe_preprocessing
 
 
-FORMATS = ("timm", "transformers", "npz")
-NPZ = "model.npz"
+FORMATS = ("timm", "transformers", "npz", "onnx", "pt2")
 
 
 def export(model: ViTCustomPreTrainedModel, image_processor: ViTImageProcessor, to: str, folder: Path) -> None:
     """Write a model in one of `FORMATS` into a folder.
 
-    timm opens it as `timm.create_model("local-dir:FOLDER", pretrained=True)`, transformers with its Auto classes, and
-    vit_jax the file `model.npz` in it.
+    timm opens it as `timm.create_model("local-dir:FOLDER", pretrained=True)`, transformers with its Auto classes,
+    vit_jax the file `model.npz` in it, onnxruntime `model.onnx`, and `torch.export.load` `model.pt2`. Beside a graph
+    lie the configuration, for the labels, and the image processor.
     """
     if to == "npz":
-        np.savez(folder / NPZ, **to_npz(model))
+        np.savez(folder / "model.npz", **to_npz(model))
     elif to == "transformers":
         to_transformers(model, copy=False).save_pretrained(folder)
+        image_processor.save_pretrained(folder)
+    elif to in ("onnx", "pt2"):
+        if to == "onnx":
+            to_onnx(model).save(folder / "model.onnx")
+        else:
+            torch.export.save(to_exported_program(model), folder / "model.pt2")
+        model.config.save_pretrained(folder)
         image_processor.save_pretrained(folder)
     else:
         import timm
@@ -156,6 +164,8 @@ def to_transformers(model: ViTCustomPreTrainedModel, copy: bool = True) -> PreTr
     pooler = {name for name in expected if name.startswith("pooler.")}
     _fit(tensors, expected, pooler, "transformers", copy)
     theirs = their_class.from_pretrained(None, config=their_config, state_dict=tensors, dtype=model.dtype)
+    # A model saves the names that it was given, unless it knows of none: then those that transformers 4 reads as well.
+    theirs._weight_conversions = None
     return theirs.to(model.device).eval()
 
 

@@ -114,11 +114,9 @@ def read_transformers(config: PreTrainedConfig) -> dict:
         "initializer_range": config.initializer_range,
         "problem_type": config.problem_type,
     }
-    # PvtConfig keeps its number of labels apart from its label names, and may have none of these.
-    if config.id2label and len(config.id2label) == config.num_labels:
+    # PvtConfig may have no names, and says 1000 of what transformers 4 wrote: there the head tells how many.
+    if config.id2label:
         fields |= {"id2label": config.id2label, "label2id": config.label2id}
-    else:
-        fields["num_labels"] = config.num_labels
     if config.model_type in ("pvt", "swin"):
         fields["drop_path_rate"] = config.drop_path_rate
     if config.model_type == "pvt":
