@@ -1,12 +1,11 @@
 """Rebuild the card of a checkpoint from what its training run left behind: facts, and the figures that show images."""
 
-import argparse
-import sys
 from pathlib import Path
 
 from model_cards.facts import read_run
 from model_cards.metadata import find_card_errors
 from model_cards.rendering import CARD, find_parts, write_card
+from modeling_vit_custom.command_line import Parser, report_user_errors
 
 
 EXAMPLES = """\
@@ -18,16 +17,11 @@ What was written into README.md outside of the generated parts is kept."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m model_cards.card",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m model_cards.card", __doc__, EXAMPLES)
     parser.add_argument("folder", type=Path, metavar="OUTPUT_DIR", help="a folder that a training run left")
     parser.add_argument("--check", action="store_true", help="only say what the Hub would object to in its card")
-    arguments = parser.parse_args(argv)
-    try:
+    with report_user_errors("card"):
+        arguments = parser.parse_args(argv)
         if not arguments.check:
             rebuild_card(arguments.folder)
         card = arguments.folder / CARD
@@ -36,9 +30,6 @@ def main(argv: list[str] | None = None) -> None:
         errors = find_card_errors(text, arguments.folder)
         if errors:
             raise ValueError(f"{str(card)!r}: {'; '.join(errors)}")
-    except (OSError, ValueError) as error:
-        print(f"card: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
     print(card)
 
 

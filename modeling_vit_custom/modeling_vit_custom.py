@@ -691,8 +691,10 @@ class ViTCustomPreTrainedModel(PreTrainedModel):
         if window_size is None:
             scale = min(new / old for new, old in zip(size, self.config.native_size))
             windows = [window and max(1, round(window * scale)) for window in windows]
-        elif isinstance(window_size, bool) or not isinstance(window_size, int) or window_size < 1 or not any(windows):
-            raise ValueError(f"window_size={window_size!r} must be a positive integer, and the model must have windows")
+        elif not any(windows):
+            raise ValueError(f"window_size={window_size!r} is for a model with windows, which this one is not")
+        elif isinstance(window_size, bool) or not isinstance(window_size, int) or window_size < 1:
+            raise ValueError(f"window_size={window_size!r} must be a positive integer")
         else:
             windows = [window and window_size for window in windows]
         resized.window_size = windows if len(set(windows)) > 1 else windows[0]

@@ -13,24 +13,23 @@ import sys
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["GRADIO_RUN_HISTORY"] = "False"
 
-from classifier import UnusableModelError, load_classifier
+from classifier import load_classifier
 from page import LAUNCH_OPTIONS, build_demo
 from transformers import logging
 from version import default_model, describe_version
 
+from modeling_vit_custom.command_line import Parser, report_user_errors
+
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model, revision = (arguments.model, None) if arguments.model else default_model()
-    try:
+    with report_user_errors("app.py"):
+        arguments = parse_arguments(argv)
+        model, revision = (arguments.model, None) if arguments.model else default_model()
         classifiers = [load_classifier(model, arguments.trust_remote_code, revision)]
         classifiers += [load_classifier(each, arguments.trust_remote_code) for each in arguments.compare]
         demo = build_demo(classifiers, describe_version())
-    except UnusableModelError as error:
-        print(f"app.py: error: {error}", file=sys.stderr)
-        return 2
     try:
         demo.launch(server_port=arguments.port, **LAUNCH_OPTIONS)
     except OSError as error:
@@ -48,12 +47,11 @@ def port_number(text: str) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="app.py",
-        description="Show an image classifier in the browser: what it answers, what that rests on, what it learnt.",
-        epilog="examples:\n  python spaces/app.py\n  python spaces/app.py --model runs/digits --port 7861\n"
+    parser = Parser(
+        "app.py",
+        "Show an image classifier in the browser: what it answers, what that rests on, what it learnt.",
+        "examples:\n  python spaces/app.py\n  python spaces/app.py --model runs/digits --port 7861\n"
         "  python spaces/app.py --model runs/mine --compare runs/other",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--model",

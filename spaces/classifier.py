@@ -52,7 +52,7 @@ MAX_SHOWN_SIDE, MIN_SHOWN_SIDE = 640, 320
 FIGURE_DPI = 110
 
 
-class UnusableModelError(Exception):
+class UnusableModelError(ValueError):
     """The model that was asked for cannot be shown; the message is one line for the person who asked."""
 
 

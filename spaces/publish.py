@@ -12,12 +12,13 @@ import tempfile
 from pathlib import Path
 
 import yaml
-from classifier import UnusableModelError, load_classifier
+from classifier import load_classifier
 from huggingface_hub import HfApi
 from transformers.utils import logging
 from version import FOLDER, MADE_OF, OWN_MODEL, find_commit
 
 import modeling_vit_custom
+from modeling_vit_custom.command_line import Parser, report_user_errors
 from trainers import hub
 
 
@@ -41,16 +42,13 @@ PACKAGE = Path(modeling_vit_custom.__file__).parent
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    arguments = parse_arguments(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        try:
+        with report_user_errors("publish"):
+            arguments = parse_arguments(argv)
             hub.check_repo_id(arguments.repo_id)
             assemble(Path(folder), arguments.model)
-        except (ValueError, OSError, UnusableModelError) as error:
-            print(f"publish: error: {' '.join(str(error).split())}", file=sys.stderr)
-            raise SystemExit(2) from error
         if arguments.dry_run:
             found = (file for file in sorted(Path(folder).rglob("*")) if file.is_file())
             files = {file.relative_to(folder).as_posix(): file for file in found}
@@ -65,13 +63,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(PROGRAM, __doc__, EXAMPLES)
     parser.add_argument("repo_id", metavar="user/space", help="the Space, made if there is none")
     parser.add_argument(
         "--model", default=str(FOLDER / OWN_MODEL), metavar="DIR|user/name", help="(the one that comes along)"

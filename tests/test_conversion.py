@@ -1,11 +1,13 @@
 """Checkpoints of every format open, with the outputs of their own library, and go back; nothing else opens."""
 
 import argparse
+import io
 import json
 import os
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,14 +15,19 @@ import numpy as np
 import pytest
 import timm
 import torch
-from benchmarks.foreign_files import SOURCES, TINY, flax_arrays, google, outputs_of
+import torchvision
+from benchmarks.foreign_files import SOURCES, TINY, flax_arrays, google, has_counterpart, outputs_of
 from benchmarks.peers import make_images, max_difference
 from huggingface_hub import HfApi
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
 
-from modeling_vit_custom.convert import convert, from_timm, from_transformers, to_timm, to_transformers
+from modeling_vit_custom import ViTCustomForImageClassification
+from modeling_vit_custom.convert import convert, from_timm, from_transformers, to_npz, to_onnx, to_timm, to_transformers
 from modeling_vit_custom.convert.__main__ import main
+from modeling_vit_custom.convert.preprocessing import describe_preprocessing
 
 
 BOUND = 1e-5
@@ -39,20 +46,17 @@ def test_a_checkpoint_gives_the_outputs_of_its_own_library(source, tmp_path):
     assert not ours.training
 
 
-# What each library has no model for.
-NOT_THERE = {
-    to_timm: ("PVT", "ViTMAE", "SimMIM", "pre-logits"),
-    to_transformers: ("DeiT III", "fine-tuned", "pre-logits"),
-}
-
-
-@pytest.mark.parametrize(("there", "back"), [(to_timm, from_timm), (to_transformers, from_transformers)])
+@pytest.mark.parametrize(
+    ("library", "there", "back"),
+    [("timm", to_timm, from_timm), ("transformers", to_transformers, from_transformers)],
+    ids=["timm", "transformers"],
+)
 @pytest.mark.parametrize("source", SOURCES, ids=", ".join)
 @torch.no_grad()
-def test_the_way_there_and_back_changes_no_bit(source, there, back, tmp_path):
+def test_the_way_there_and_back_changes_no_bit(source, library, there, back, tmp_path):
     made = SOURCES[source](tmp_path, TINY)
     ours, _ = convert(made.path)
-    if any(name in part for part in source for name in NOT_THERE[there]):
+    if not has_counterpart(source, library):
         with pytest.raises(ValueError, match=r"ha(s|ve) no"):
             there(ours)
         return
@@ -131,7 +135,7 @@ def test_a_checkpoint_in_parts_opens(tmp_path):
 
 @torch.no_grad()
 def test_bfloat16_of_google_opens(tmp_path):
-    peer = timm.create_model(**TINY.vit, num_classes=11)
+    peer = timm.create_model(**TINY.vit, num_classes=11, act_layer="gelu_tanh")
     made = google(tmp_path, peer, "bfloat16")
     ours, _ = convert(made.path)
     assert ours.dtype == torch.bfloat16
@@ -144,7 +148,8 @@ def test_heads_are_those_of_a_preset_or_given(tmp_path):
     with pytest.raises(ValueError, match=r"attention heads.*--preset"):
         convert(tmp_path / "odd.pth")
     assert convert(tmp_path / "odd.pth", num_attention_heads=3)[0].config.num_attention_heads == 3
-    assert convert(tmp_path / "odd.pth", preset="deit_tiny_patch16_224")[0].config.num_attention_heads == 3
+    with pytest.raises(ValueError, match="hidden_size is 96 by its tensors, and 192 by what is"):
+        convert(tmp_path / "odd.pth", preset="deit_tiny_patch16_224")
 
 
 def test_weights_behind_wrappers_open(tmp_path):
@@ -154,6 +159,87 @@ def test_weights_behind_wrappers_open(tmp_path):
     torch.save(training, tmp_path / "wrapped.pth")
     ours, _ = convert(tmp_path / "wrapped.pth")
     assert torch.equal(ours.head.classifier.weight, made.peer.head.weight)
+
+
+# The activation and the epsilon of norms are those of each library's own code; outputs hardly show them.
+CODES = {
+    ("Google's .npz, vit_jax", "ViT"): ("gelu_pytorch_tanh", 1e-6),
+    ("timm .pth", "ViT"): ("gelu", 1e-6),
+    ("Swin's .pth", "Swin"): ("gelu", 1e-5),
+    ("torchvision", "ViT"): ("gelu", 1e-6),
+    ("torchvision", "Swin"): ("gelu", 1e-5),
+    ("transformers 4.x", "ViT"): ("gelu", 1e-12),
+    ("transformers 4.x", "Swin"): ("gelu", 1e-5),
+    ("transformers 4.x", "PVT"): ("gelu", 1e-6),
+}
+
+
+@pytest.mark.parametrize("source", CODES, ids=", ".join)
+def test_activations_and_epsilons_are_those_of_the_code(source, tmp_path):
+    ours, _ = convert(SOURCES[source](tmp_path, TINY).path)
+    assert (ours.config.hidden_act, ours.config.layer_norm_eps) == CODES[source]
+
+
+@pytest.mark.parametrize("crop", [("center", 1.0), ("center", 0.8), ("squash", 1.0), ("squash", 0.8)], ids=str)
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_images_are_prepared_as_timm_does(crop, interpolation, tmp_path):
+    made = SOURCES["timm folder", "ViT"](tmp_path, TINY)
+    config = json.loads((tmp_path / "config.json").read_text())
+    given = {"crop_mode": crop[0], "crop_pct": crop[1], "interpolation": interpolation, "mean": [0.4] * 3}
+    config["pretrained_cfg"] |= given
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours, processor = convert(made.path)
+    rows, columns = torch.meshgrid(torch.linspace(0, 9, 80), torch.linspace(0, 12, 120), indexing="ij")
+    waves = torch.stack([rows.sin() * columns.cos(), columns.sin(), (rows + columns).cos()], dim=2)
+    image = Image.fromarray(((waves + 1) * 127).to(torch.uint8).numpy())
+    options = timm.data.resolve_data_config(config["pretrained_cfg"])
+    expected = timm.data.create_transform(**options)(image)
+    found = processor(image, return_tensors="pt").pixel_values[0]
+    assert (found - expected).abs().mean() < 0.01
+    described = describe_preprocessing(processor, ours.config)
+    assert {name: described[name] for name in given} == given
+
+
+def test_an_older_configuration_of_timm_tells_the_normalisation(tmp_path):
+    made = SOURCES["timm folder", "ViT"](tmp_path, TINY)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["pretrained_cfg"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"mean": [0.1, 0.2, 0.3]}))
+    assert list(convert(made.path)[1].image_mean) == [0.1, 0.2, 0.3]
+
+
+def test_a_file_is_not_torn_from_its_configuration(tmp_path):
+    made = SOURCES["transformers 4.x", "Swin"](tmp_path, TINY)
+    whole, _ = convert(made.path)
+    assert convert(tmp_path / "model.safetensors")[0].config.to_dict() == whole.config.to_dict()
+
+
+def test_a_square_size_around_a_crop_comes_along(tmp_path, capsys):
+    """As transformers prepares images for its DeiT."""
+    (tmp_path / "made").mkdir()
+    made = SOURCES["transformers 4.x", "DeiT"](tmp_path / "made", TINY)
+    ViTImageProcessor(size={"height": 40, "width": 40}, do_center_crop=True, crop_size=32).save_pretrained(made.path)
+    main([str(made.path), str(tmp_path / "timm"), "--to", "timm"])
+    described = json.loads((tmp_path / "timm" / "config.json").read_text())["pretrained_cfg"]
+    assert (described["crop_pct"], described["crop_mode"]) == (0.8, "squash")
+    main([str(made.path), str(tmp_path / "larger"), "--image_size", "64"])
+    processor = ViTImageProcessor.from_pretrained(tmp_path / "larger")
+    assert (processor.size["height"], processor.crop_size["height"]) == (80, 64)
+
+
+def test_heads_of_google_files_are_in_their_shapes(tmp_path):
+    peer = timm.create_model(**{**TINY.vit, "num_heads": 6}, num_classes=11, act_layer="gelu_tanh")
+    ours, _ = convert(google(tmp_path, peer, "big_vision").path)
+    assert ours.config.num_attention_heads == 6
+
+
+def test_what_is_assumed_is_said(tmp_path, capsys):
+    made = SOURCES["timm .pth", "ViT"](tmp_path, TINY)
+    main([str(made.path), str(tmp_path / "out")])
+    warning = "convert: warning: the weights do not tell the number of attention heads: 3 are assumed, as vit_tiny"
+    assert capsys.readouterr().err.startswith(warning)
+    main([str(made.path), str(tmp_path / "told"), "--num_attention_heads", "3"])
+    assert capsys.readouterr().err == ""
 
 
 # ------------------------------------------------------------------------------------------------------ from the Hub
@@ -267,7 +353,7 @@ def spoil(path: Path) -> None:
 
 DAMAGES = {
     "cut off": (cut, "no whole file of weights"),
-    "empty": (lambda path: path.write_bytes(b""), "no whole file of weights"),
+    "empty": (lambda path: path.write_bytes(b""), "is empty"),
     "text": (lambda path: path.write_text("<html>not found</html>"), "no whole file of weights"),
     "missing": (lambda path: drop(path, "blocks.0.norm1.bias"), "missing blocks.0.norm1.bias"),
     "missing block": (lambda path: drop(path, "patch_embed.proj.weight"), "unexpected|they are of no ViT"),
@@ -287,6 +373,184 @@ DAMAGES = {
     "ResNet": (lambda path: torch.save(timm.create_model("resnet18").state_dict(), path), "they are of no ViT"),
     "list": (lambda path: torch.save([torch.zeros(2)], path), "no tensors are in it"),
 }
+
+
+# A configuration and weights that are not of each other, by what differs.
+LIES = {
+    ("transformers 4.x", "ViT", "layers"): ({"num_hidden_layers": 3}, "num_hidden_layers is 2 by its tensors, and 3"),
+    ("transformers 4.x", "ViT", "biases"): ({"qkv_bias": False}, "qkv_bias is True by its tensors, and False"),
+    ("transformers 4.x", "ViT", "width"): ({"hidden_size": 96}, "hidden_size is 192 by its tensors, and 96"),
+    ("transformers 4.x", "ViT", "size"): ({"image_size": 16}, r"position_embedding.weight has the shape"),
+    ("transformers 4.x", "ViT", "labels"): ({"id2label": {"0": "a", "1": "b", "2": "c"}}, "num_labels is 11 by its"),
+    ("transformers 4.x", "ViT", "numbers"): ({"id2label": {"1": "a", "2": "b"}}, "must number the classes from 0"),
+    ("transformers 4.x", "ViT", "kind"): ({"model_type": ["vit"]}, "something unexpected .TypeError"),
+    ("transformers 4.x", "PVT", "ratios"): ({"sequence_reduction_ratios": [4, 2]}, "sr_ratios is|depths is"),
+    ("transformers 4.x", "Swin", "depths"): ({"depths": [2, 3]}, "depths is 2 by its tensors, and .2, 3. by"),
+    ("timm folder", "ViT", "depth"): ({"model_args": {**TINY.vit, "depth": 3}}, "num_hidden_layers is 2 by its"),
+    ("timm folder", "ViT", "classes"): ({"num_classes": 7}, "num_labels is 11 by its tensors, and 7"),
+    ("timm folder", "ViT", "architecture"): ({"architecture": "resnet18"}, "timm makes no 'resnet18'|must be a timm"),
+    ("timm folder", "ViT", "path"): ({"model_args": {"checkpoint_path": "x.pth"}}, "hold 'checkpoint_path'"),
+    ("timm folder", "ViT", "patch"): ({"model_args": {"patch_size": 0}}, "timm makes no"),
+    ("timm folder", "ViT", "list"): ({"model_args": [1]}, "something unexpected"),
+    ("timm folder", "ViT", "mean"): ({"pretrained_cfg": {"mean": None}}, "something unexpected .TypeError"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES, ids=", ".join)
+def test_a_configuration_that_lies_is_refused(lie, tmp_path):
+    changed, message = LIES[lie]
+    (tmp_path / "made").mkdir()
+    made = SOURCES[lie[:2]](tmp_path / "made", TINY)
+    file = made.path / "config.json"
+    config = json.loads(file.read_text())
+    if "id2label" in changed:
+        config["label2id"] = {name: int(index) for index, name in changed["id2label"].items()}
+    if "model_args" in changed and isinstance(changed["model_args"], dict):
+        changed = {"model_args": {name: value for name, value in changed["model_args"].items() if name != "model_name"}}
+    file.write_text(json.dumps(config | changed))
+    with pytest.raises(ValueError, match=message):
+        convert(made.path)
+
+
+def test_a_path_in_a_configuration_is_not_opened(tmp_path):
+    """timm's constructors load `checkpoint_path`, and before 1.0.21 ran what was pickled there."""
+    made = SOURCES["timm folder", "ViT"](tmp_path, TINY)
+    with open(tmp_path / "evil.pth", "wb") as file:
+        pickle.dump(Malicious(tmp_path / "ran"), file)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_args"]["checkpoint_path"] = str(tmp_path / "evil.pth")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="checkpoint_path"):
+        convert(made.path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_without_what_the_configuration_promises_are_refused(tmp_path):
+    for name, message in {
+        "cls_token": "use_class_token is False",
+        "position_embeddings": "position_embedding_type is none",
+        "classifier": "have no classifier",
+    }.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        made = SOURCES["transformers 4.x", "ViT"](folder, TINY)
+        tensors = load_file(folder / "model.safetensors")
+        save_file({key: tensor for key, tensor in tensors.items() if name not in key}, folder / "model.safetensors")
+        with pytest.raises(ValueError, match=message):
+            convert(made.path)
+
+
+def test_an_index_is_obeyed(tmp_path):
+    made = SOURCES["transformers 4.x", "Swin"](tmp_path, TINY)
+    (tmp_path / "model.safetensors").unlink()
+    made.peer.save_pretrained(tmp_path, max_shard_size="200KB")
+    expected = convert(made.path)[0].state_dict()
+    last = sorted(tmp_path.glob("model-*.safetensors"))[-1]
+    first = load_file(sorted(tmp_path.glob("model-*.safetensors"))[0])
+    save_file({**{name: tensor + 1 for name, tensor in first.items()}, **load_file(last)}, last)
+    found = convert(made.path)[0].state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["nowhere.weight"] = last.name
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"says that 'nowhere.weight' is in"):
+        convert(made.path)
+
+
+@pytest.mark.parametrize("shape", [(20000, 192), ()], ids=str)
+def test_an_array_that_is_not_what_its_header_says_is_refused(shape, tmp_path):
+    made = SOURCES["Google's .npz, big_vision, stacked blocks", "ViT"](tmp_path, TINY)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(made.path, "a") as archive:
+        archive.writestr("params/Transformer/encoderblock/LayerNorm_9/scale.npy", header.getvalue())
+    with pytest.raises(ValueError, match="holds 0 bytes, which are no array of shape"):
+        convert(made.path)
+
+
+def test_a_flipped_bit_of_an_archive_is_one_line(tmp_path):
+    made = SOURCES["Google's .npz, vit_jax", "ViT"](tmp_path, TINY)
+    content = bytearray(made.path.read_bytes())
+    content[len(content) // 2] ^= 255
+    made.path.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"cannot convert .* something unexpected .BadZipFile: Bad CRC"):
+        convert(made.path)
+
+
+def test_fields_that_nobody_knows_are_refused(tmp_path):
+    made = SOURCES["timm .pth", "ViT"](tmp_path, TINY)
+    with pytest.raises(ValueError, match="ViTCustomConfig has no field 'img_size'"):
+        convert(made.path, img_size=64)
+
+
+REFUSED_EXPORTS = {
+    "a mean that the other library does not take": (to_timm, "deit", {"pooling": "mean"}, "pooling='mean'"),
+    "mean beside a class token": (to_npz, "vit", {"pooling": "mean"}, "pooling='mean'"),
+    "not square": (to_npz, "vit", {"image_size": [32, 16]}, "image_size="),
+    "no biases": (to_npz, "vit", {"qkv_bias": False}, "qkv_bias=False"),
+    "no positions": (to_npz, "vit", {"position_embedding_type": "none"}, "position_embedding_type='none'"),
+}
+
+
+@pytest.mark.parametrize(("way", "architecture", "fields", "message"), REFUSED_EXPORTS.values(), ids=REFUSED_EXPORTS)
+def test_what_would_be_another_model_elsewhere_is_refused(way, architecture, fields, message):
+    with pytest.raises(ValueError, match=message):
+        way(tiny_model(ViTCustomForImageClassification, architecture, **fields))
+
+
+@pytest.mark.parametrize("way", [to_timm, to_transformers, to_npz, to_onnx])
+def test_only_models_of_ours_in_memory_go_elsewhere(way):
+    with pytest.raises(ValueError, match=r"a Linear is no model of this family"):
+        way(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="is quantised, or not in memory"):
+        way(tiny_model(ViTCustomForImageClassification, "vit").to("meta"))
+
+
+@pytest.mark.parametrize("way", [from_timm, from_transformers])
+def test_only_models_of_that_library_are_taken(way):
+    for model in (torch.nn.Linear(2, 2), torchvision.models.VisionTransformer(32, 8, 1, 2, 16, 32)):
+        with pytest.raises(ValueError, match=f"cannot convert a {type(model).__name__}: it must be a"):
+            way(model)
+
+
+def test_padded_windows_are_warned_of(tmp_path):
+    model = tiny_model(ViTCustomForImageClassification, "swin", window_size=3)
+    for way in (to_timm, to_transformers):
+        with pytest.warns(UserWarning, match="windows do not fill the grid"):
+            way(model)
+
+
+def test_the_source_is_never_written_over(tmp_path, capsys):
+    made = SOURCES["timm folder", "ViT"](tmp_path, TINY)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    for source in (made.path, next(tmp_path.glob("*model*"))):
+        with pytest.raises(SystemExit):
+            main([str(source), str(tmp_path), "--overwrite"])
+        assert "holds SOURCE, which is to stay" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_options_that_mean_nothing_are_refused(tmp_path, capsys):
+    tiny_model(ViTCustomForImageClassification, "vit").save_pretrained(tmp_path / "ours")
+    for options in (["--preset", "vit_tiny_patch16_224"], ["--num_attention_heads", "2"]):
+        with pytest.raises(SystemExit):
+            main([str(tmp_path / "ours"), str(tmp_path / "out"), "--to", "timm", *options])
+        assert f"{options[0]} means nothing for" in capsys.readouterr().err
+    main([str(tmp_path / "ours"), str(tmp_path / "out"), "--to", "timm"])
+    assert "has no preprocessor_config.json: images are taken to go from -1 to 1" in capsys.readouterr().err
+
+
+def test_nothing_is_written_beside_a_folder_in_the_way(tmp_path, capsys):
+    made = SOURCES["timm .pth", "ViT"](tmp_path, TINY)
+    (tmp_path / "out" / "preprocessor_config.json").mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        main([str(made.path), str(tmp_path / "out"), "--overwrite"])
+    assert "has a folder 'preprocessor_config.json'" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["preprocessor_config.json"]
+    with pytest.raises(SystemExit):
+        main([str(made.path), str(tmp_path / "deep" / "er"), "--to", "npz", "--image_size", "-1"])
+    assert not (tmp_path / "deep").exists()
 
 
 @pytest.mark.parametrize(("damage", "expected"), DAMAGES.values(), ids=DAMAGES.keys())
@@ -371,7 +635,10 @@ def test_the_command_resizes_and_rounds(tmp_path):
         (["SOURCE", "FULL"], "is not empty: pass --overwrite"),
         (["SOURCE", "OUT", "--to", "keras"], "invalid choice: 'keras'"),
         (["SOURCE", "OUT", "--window_size", "3"], "comes with --image_size"),
-        (["SOURCE", "OUT", "--image_size", "64", "--window_size", "3"], "the model must have windows"),
+        (
+            ["SOURCE", "OUT", "--image_size", "64", "--window_size", "3"],
+            "is for a model with windows",
+        ),
         (["SOURCE", "OUT", "--image_size", "0"], "0 must be at least 1"),
         (["SOURCE", "OUT", "--num_attention_heads", "7"], "not a multiple of num_attention_heads=7"),
         (["FULL", "OUT"], "no weights, such as model.safetensors"),

@@ -312,10 +312,18 @@ def test_impossible_sizes_are_refused_and_change_nothing(name, size):
     assert model.config.to_dict() == before
 
 
-@pytest.mark.parametrize(("name", "window"), [("swin", 0), ("swin", -3), ("vit", 4), ("pvt", 4)])
-def test_impossible_windows_are_refused_and_change_nothing(name, window):
+@pytest.mark.parametrize(
+    ("name", "window", "message"),
+    [
+        ("swin", 0, "window_size=0 must be a positive integer"),
+        ("swin", -3, "window_size=-3 must be a positive integer"),
+        ("vit", 4, "window_size=4 is for a model with windows"),
+        ("pvt", 4, "window_size=4 is for a model with windows"),
+    ],
+)
+def test_impossible_windows_are_refused_and_change_nothing(name, window, message):
     model = tiny_model(ViTCustomModel, name)
-    with pytest.raises(ValueError, match=f"window_size={window} must be a positive integer"):
+    with pytest.raises(ValueError, match=message):
         model.resize_image_size(64, window_size=window)
     assert model.config.image_size == 32
     assert model.config.to_dict() == tiny_config(name).to_dict()

@@ -719,6 +719,17 @@ def test_compiles_in_one_graph(head, name):
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+@torch.no_grad()
+def test_a_hidden_layer_before_the_classifier():
+    """ViT as it is pretrained: tanh of a dense layer on the class token, then the logits."""
+    model = tiny_model(ViTCustomForImageClassification, "vit", representation_size=16)
+    pooled = model.model(random_images()).pooler_output
+    weight, bias = model.head.representation.weight, model.head.representation.bias
+    assert weight.shape == (16, 32)
+    expected = (pooled @ weight.T + bias).tanh() @ model.head.classifier.weight.T + model.head.classifier.bias
+    torch.testing.assert_close(model(random_images()).logits, expected)
+
+
 def test_classifier_compiles_in_one_graph(architecture):
     torch._dynamo.reset()
     model, images = tiny_model(ViTCustomForImageClassification, architecture), random_images(height=24, width=40)

@@ -85,6 +85,19 @@ def test_linear_probing_standardises_features(checkpoint, tmp_path):
     assert weights["head.classifier.weight"].abs().max() > 0
 
 
+def test_the_layer_before_a_classifier_stays_or_goes(tmp_path):
+    """https://arxiv.org/abs/2010.11929, section 3.2, fine-tunes without it."""
+    whole = tiny_model(ViTCustomForImageClassification, "vit", representation_size=16)
+    whole.save_pretrained(tmp_path)
+    kept = make(tmp_path)
+    assert torch.equal(kept.head.representation.weight, whole.head.representation.weight)
+    plain = make(tmp_path, config_overrides=["representation_size=null"])
+    assert plain.head.classifier.weight.shape == (5, 32)
+    assert {name for name in state(plain) if "representation" in name} == set()
+    for model in (kept, plain):
+        assert all(torch.equal(tensor, whole.model.state_dict()[name]) for name, tensor in state(model.model).items())
+
+
 def test_low_rank_changes_are_published_merged(checkpoint, tmp_path):
     model = make(checkpoint, lora_rank=2, lora_alpha=8.0)
     whole = make(checkpoint)

@@ -775,7 +775,7 @@ def test_processes_share_the_work_and_one_goes_on_for_two(tmp_path, model, photo
 def test_a_mistake_of_two_processes_is_told_once(tmp_path, model, photos):
     for argv, message in {
         (model, photos, "--output", tmp_path / "rows.txt"): "must end with",
-        (tmp_path, photos, "--output", tmp_path / "rows.csv"): "cannot open the model",
+        (tmp_path, photos, "--output", tmp_path / "rows.csv"): "holds no config.json",
         (model, photos, "--output", tmp_path / "rows.csv", "--top_k", 9): "--top_k 9 is more than the 5 classes",
     }.items():
         done = subprocess.run(command(tmp_path, *argv, processes=2), capture_output=True, text=True, timeout=120)

@@ -714,7 +714,9 @@ def test_unusable_model_is_one_line(checkpoint, tmp_path, monkeypatch, capfd, qu
     shutil.copytree(checkpoint, folder)
     damage(folder)
     capfd.readouterr()
-    assert app.main(["--model", str(folder)]) == 2
+    with pytest.raises(SystemExit) as stopped:
+        app.main(["--model", str(folder)])
+    assert stopped.value.code == 2
     output = capfd.readouterr()
     assert output.out == ""
     [line] = output.err.splitlines()

@@ -5,10 +5,8 @@ import difflib
 import json
 import math
 import os
-import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar
@@ -16,8 +14,6 @@ from typing import ClassVar
 import torch
 import transformers
 import yaml
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 from transformers.image_utils import (
@@ -28,6 +24,7 @@ from transformers.image_utils import (
 )
 
 from model_cards.metadata import LICENSES
+from modeling_vit_custom.command_line import Parser
 
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -456,23 +453,10 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         super().add_usage(f"{self._prog} [--recipe NAME|FILE] [--FIELD VALUE ...]", [], [], prefix)
 
 
-class Parser(HfArgumentParser):
-    """argparse without the page of usage that would bury the one line that matters."""
+class FieldParser(HfArgumentParser):
+    """Fields of dataclasses, and errors of one line."""
 
-    def error(self, message: str):
-        raise ValueError(f"{message} (see --help)")
-
-
-def make_parser(program: str, description: str, examples: str) -> Parser:
-    """For a command that takes no dataclasses: texts as they are written, and errors of one line."""
-    return Parser(
-        (),
-        prog=program,
-        description=description,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    error = Parser.error
 
 
 def add_fields(parser: argparse.ArgumentParser, holder: type, **helps: str | None) -> None:
@@ -509,7 +493,7 @@ def parse_arguments(
     Raises:
         ValueError: for an unknown field or recipe, or a value of the wrong type.
     """
-    parser = Parser(
+    parser = FieldParser(
         dataclasses,
         prog=program,
         description=description,
@@ -529,7 +513,7 @@ def parse_arguments(
     recipe_help = f"Fields from a YAML file, or by name: {', '.join(list_recipes())}."
     parser.add_argument("--recipe", metavar="NAME|FILE", help=recipe_help)
 
-    recipe_parser = Parser((), add_help=False, allow_abbrev=False)
+    recipe_parser = FieldParser((), add_help=False, allow_abbrev=False)
     recipe_parser.add_argument("--recipe")
     named, rest = recipe_parser.parse_known_args(argv)
     fields = read_recipe(named.recipe) if named.recipe else {}
@@ -566,7 +550,7 @@ RIVALS = {"learning_rate": "base_learning_rate", "base_learning_rate": "learning
 
 def _read_given(dataclasses: Sequence[type], argv: Sequence[str] | None) -> dict:
     """The fields that a command line names, and nothing of the defaults."""
-    parser = Parser(dataclasses, add_help=False, allow_abbrev=False)
+    parser = FieldParser(dataclasses, add_help=False, allow_abbrev=False)
     for action in parser._actions:
         action.default, action.required = argparse.SUPPRESS, False
     return vars(parser.parse_known_args(argv)[0])
@@ -641,17 +625,3 @@ def check_writable(folder: Path, argument: str) -> None:
             pass
     except OSError as error:
         raise ValueError(f"{argument} {str(folder)!r} cannot be written to: {error.strerror}") from error
-
-
-@contextmanager
-def report_user_errors(program: str) -> Iterator[None]:
-    """Turn what is wrong with the user's input into one line on stderr and exit status 2.
-
-    Wrap what reads arguments, data and checkpoints; an error in training is not the user's and keeps its traceback.
-    """
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        message = " ".join(str(error).split())
-        print(f"{program}: error: {message}", file=sys.stderr)
-        raise SystemExit(2) from error

@@ -11,11 +11,11 @@ from transformers import AutoModelForImageClassification, TrainerState, pipeline
 
 from model_cards.facts import TrainingRun
 from model_cards.rendering import METRIC_TITLES, write_card
+from modeling_vit_custom.command_line import report_user_errors
 from trainers.arguments import (
     AugmentationArguments,
     LossArguments,
     TrainingCommand,
-    report_user_errors,
 )
 from trainers.data import (
     LABEL,

@@ -18,8 +18,9 @@ from model_cards.environment import code_commit, describe_hardware, library_vers
 from model_cards.evaluation import CORRUPTIONS as CORRUPTIONS_FIGURE
 from model_cards.evaluation import FACTS, FILES, MISTAKES, REPORT, show_figure, write_evaluation
 from model_cards.rendering import METRIC_TITLES
+from modeling_vit_custom.command_line import Parser, not_negative, positive, report_user_errors
 from trainers import inference
-from trainers.arguments import DataArguments, add_fields, check_writable, make_parser, report_user_errors, suggest
+from trainers.arguments import DataArguments, add_fields, check_writable, suggest
 from trainers.bootstrap import COVERAGE
 from trainers.corruptions import CORRUPTIONS, SEVERITIES
 from trainers.data import BUILT_IN_TITLES, LABEL, EvaluatedSplit, load_evaluated
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = make_parser(PROGRAM, __doc__, EXAMPLES)
+    parser = Parser(PROGRAM, __doc__, EXAMPLES)
     parser.add_argument(
         "model", metavar="MODEL", help="folder or user/name of anything AutoModelForImageClassification opens"
     )
@@ -119,7 +120,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--image_sizes",
         "--image-sizes",
-        type=inference.positive,
+        type=positive,
         nargs="+",
         default=[],
         metavar="N",
@@ -131,14 +132,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--severities", type=int, nargs="+", metavar="N", help="of the corruptions, from 1 to 5 (all five)"
     )
     parser.add_argument(
-        "--max_images", "--max-images", type=inference.positive, metavar="N", help="take as many, drawn at random"
+        "--max_images", "--max-images", type=positive, metavar="N", help="take as many, drawn at random"
     )
-    parser.add_argument(
-        "--bootstrap", type=inference.positive, default=1000, metavar="N", help="draws for the intervals (1000)"
-    )
-    parser.add_argument(
-        "--seed", type=inference.not_negative, default=0, metavar="N", help="of draws and corruptions (0)"
-    )
+    parser.add_argument("--bootstrap", type=positive, default=1000, metavar="N", help="draws for the intervals (1000)")
+    parser.add_argument("--seed", type=not_negative, default=0, metavar="N", help="of draws and corruptions (0)")
     parser.add_argument(
         "--labels_by_index",
         "--labels-by-index",

@@ -5,12 +5,12 @@ Leaves a folder that the Auto classes and pipelines open: weights, code, image p
 
 import sys
 
+from modeling_vit_custom.command_line import report_user_errors
 from trainers.arguments import (
     COMMON_GROUPS,
     TrainingArguments,
     TrainingCommand,
     parse_arguments,
-    report_user_errors,
 )
 from trainers.classification import train_classifier
 

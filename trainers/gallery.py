@@ -10,12 +10,12 @@ from datasets import Image
 from transformers import set_seed
 
 from model_cards.figures import plot_images
+from modeling_vit_custom.command_line import report_user_errors
 from trainers.arguments import (
     COMMON_GROUPS,
     PretrainingArguments,
     PretrainingTrainingArguments,
     parse_arguments,
-    report_user_errors,
 )
 from trainers.augmentation import Augmentation, Crop
 from trainers.classification import make_mixing

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification
 from transformers.utils import logging
 
+from modeling_vit_custom.command_line import not_negative, positive
 from trainers.arguments import ModelArguments, suggest
 from trainers.models import check_is_model, open_processor, read_processor
 
@@ -250,23 +251,3 @@ def default_workers() -> int:
     """A share of the processor's cores for each process of this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MAX_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    return _at_least(text, 1)
-
-
-def not_negative(text: str) -> int:
-    """A whole number of at least 0, for argparse."""
-    return _at_least(text, 0)
-
-
-def _at_least(text: str, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{value} must be at least {least}")
-    return value

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset
 
-from trainers.arguments import make_parser, report_user_errors
+from modeling_vit_custom.command_line import Parser, positive, report_user_errors
 from trainers.data import (
     as_it_comes,
     decode,
@@ -44,7 +44,6 @@ from trainers.inference import (
     add_arguments,
     noticing_killed_readers,
     open_classifier,
-    positive,
     quiet,
 )
 from trainers.models import find_head
@@ -104,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser(PROGRAM, __doc__, EXAMPLES)
+    parser = Parser(PROGRAM, __doc__, EXAMPLES)
     parser.add_argument("model", metavar="MODEL", help="a folder written by save_pretrained, or a Hub id")
     parser.add_argument(
         "images",

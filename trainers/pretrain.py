@@ -18,6 +18,7 @@ from transformers import AutoModelForMaskedImageModeling, AutoModelForPreTrainin
 from model_cards.facts import FEATURES, TrainingRun
 from model_cards.figures import plot_images
 from model_cards.rendering import METRIC_TITLES, RECONSTRUCTIONS, write_card
+from modeling_vit_custom.command_line import report_user_errors
 from trainers.arguments import (
     COMMON_GROUPS,
     LossArguments,
@@ -25,7 +26,6 @@ from trainers.arguments import (
     PretrainingTrainingArguments,
     TrainingCommand,
     parse_arguments,
-    report_user_errors,
 )
 from trainers.classification import make_order, train_classifier
 from trainers.data import (

@@ -10,8 +10,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from modeling_vit_custom.command_line import Parser, report_user_errors
 from trainers import hub
-from trainers.arguments import make_parser, report_user_errors
 
 
 PROGRAM = "python -m trainers.publish"
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = make_parser(PROGRAM, __doc__, EXAMPLES)
+    parser = Parser(PROGRAM, __doc__, EXAMPLES)
     parser.add_argument("folder", type=Path, metavar="OUTPUT_DIR", help="a folder that a training run left")
     parser.add_argument("repo_id", metavar="user/name", help="repository on the Hub, made if there is none")
     parser.add_argument(

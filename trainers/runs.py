@@ -16,6 +16,7 @@ from transformers.trainer_utils import IntervalStrategy, TrainOutput
 from model_cards.environment import code_commit, describe_hardware
 from model_cards.facts import RUN
 from model_cards.rendering import CARD
+from modeling_vit_custom.command_line import report_user_errors
 from trainers import ema
 from trainers.arguments import (
     AugmentationArguments,
@@ -25,7 +26,6 @@ from trainers.arguments import (
     check_writable,
     plain_recipe,
     read_recipe,
-    report_user_errors,
     write_recipe,
 )
 from trainers.augmentation import Augmentation, Crop

@@ -5,6 +5,7 @@ open already, `to_transformers`, `to_timm` and `to_npz` go back, `to_onnx` and `
 other runtimes, and `export` writes what they make.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
 
@@ -24,9 +25,16 @@ from ..presets import preset_config
 from .checkpoints import open_checkpoint
 from .export import export, to_npz, to_timm, to_transformers
 from .fields import PREFIX_TOKENS, check_shapes, count_position_rows, read_fields, shapes_of_ours
-from .foreign_configs import read_metadata, read_timm, read_transformers, timm_layout, transformers_layout
+from .foreign_configs import (
+    read_metadata,
+    read_timm,
+    read_transformers,
+    timm_layout,
+    timm_preprocessing,
+    transformers_layout,
+)
 from .graphs import to_exported_program, to_onnx
-from .layouts import Layout, Piece, assemble, own_pieces
+from .layouts import TRANSFORMERS_DEIT, Layout, Piece, assemble, own_pieces
 from .preprocessing import make_image_processor
 
 
@@ -56,7 +64,8 @@ def convert(
         source: A file, a folder, or `user/name` on the Hub.
         revision: Branch, tag or commit on the Hub.
         preset: A size of `list_presets()`, whose heads and epsilon count where nothing is written beside the weights.
-        fields: Of `ViTCustomConfig`, in place of what the checkpoint says, such as `num_attention_heads`.
+        fields: Of `ViTCustomConfig`, where weights do not tell them, such as `num_attention_heads`, or `image_size`,
+            which is that of the weights (`resize_image_size` of the model makes it another one).
 
     Returns:
         The model in evaluation mode, in the precision of the weights: with a head if they have one. And its processor.
@@ -65,22 +74,36 @@ def convert(
         ValueError: in one line, if the source does not open, is cut off, is of another architecture, or uses what this
             family does not have.
     """
+    unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(ViTCustomConfig)})
+    if unknown:
+        raise ValueError(f"ViTCustomConfig has no field {unknown[0]!r}")
     checkpoint = open_checkpoint(source, revision)
+    config = checkpoint.config
     try:
         layout, known = read_metadata(checkpoint)
         if preset is not None:
-            known = {**known, **_read_preset(preset, checkpoint.config)}
+            known = {**known, **_read_preset(preset, config)}
         model = build(layout, checkpoint.tensors, checkpoint.tensors.shapes, {**known, **fields})
+        if "ForImageClassification" in str(config.get("architectures")) and isinstance(model, ViTCustomModel):
+            raise ValueError(f"its weights are those of {config['architectures'][0]}, and have no classifier")
+        processor = make_image_processor(layout, model.config, checkpoint.preprocessor, timm_preprocessing(config))
     except ValueError as error:
         raise ValueError(f"cannot convert {str(source)!r}: {error}") from error
-    timm_config = checkpoint.config.get("pretrained_cfg") or {}
-    return model, make_image_processor(layout, model.config, checkpoint.preprocessor, timm_config)
+    except Exception as error:
+        # Files of strangers hold values of every type and tensors of every kind, which fail in as many ways.
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"cannot convert {str(source)!r}: it holds something unexpected ({reason})") from error
+    return model, processor
 
 
 def _read_preset(name: str, written: Mapping) -> dict:
+    """Widths are compared with those of the weights."""
+    if written:
+        raise ValueError("its config.json tells what a preset would: leave the preset out")
     config = preset_config(name)
     names = ("num_attention_heads", "layer_norm_eps", "patch_norm_eps", "sr_norm_eps", "hidden_act")
-    return {} if written else {each: getattr(config, each) for each in names}
+    widths = "hidden_size" if len(config.stages) == 1 else "hidden_sizes"
+    return {each: getattr(config, each) for each in (*names, widths)}
 
 
 def from_transformers(model: PreTrainedModel) -> ViTCustomPreTrainedModel:
@@ -94,7 +117,13 @@ def from_transformers(model: PreTrainedModel) -> ViTCustomPreTrainedModel:
     Raises:
         ValueError: if the model is of another kind, or uses what this family does not have.
     """
-    return _from_module(model, lambda: (transformers_layout(model.config.model_type), read_transformers(model.config)))
+
+    def read() -> tuple[Layout, dict]:
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError("it must be a model of transformers")
+        return transformers_layout(model.config.model_type), read_transformers(model.config)
+
+    return _from_module(model, read)
 
 
 def from_timm(model: nn.Module) -> ViTCustomPreTrainedModel:
@@ -110,10 +139,10 @@ def from_timm(model: nn.Module) -> ViTCustomPreTrainedModel:
 
 
 def _from_module(model: nn.Module, read: Callable[[], tuple[Layout, dict]]) -> ViTCustomPreTrainedModel:
-    tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
         layout, known = read()
+        tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         return build(layout, tensors, shapes, known).to(next(iter(tensors.values())).device)
     except ValueError as error:
         raise ValueError(f"cannot convert a {type(model).__name__}: {error}") from error
@@ -134,7 +163,8 @@ def build(
         ValueError: if tensors are missing, left over or of another shape.
     """
     pieces, strange = layout.read(shapes)
-    if "head.classifier.weight" in pieces and "head.distillation_classifier.weight" not in pieces:
+    has_one_head = "head.classifier.weight" in pieces and "head.distillation_classifier.weight" not in pieces
+    if layout is TRANSFORMERS_DEIT and has_one_head:
         pieces = _as_registers(pieces)
     own_shapes = shapes_of_ours(pieces, shapes)
     fields = read_fields(own_shapes, known)
@@ -150,7 +180,8 @@ def build(
             f"its weights, taken as {layout.title}, do not fit: {_list('missing', missing)}"
             f"{', ' * bool(missing and unexpected)}{_list('unexpected', unexpected)}"
         )
-    check_shapes(own_shapes, shapes_of_ours(own, expected))
+    tokens = config.use_class_token + config.use_distillation_token
+    check_shapes(own_shapes, shapes_of_ours(own, expected), {0, tokens, config.num_prefix_tokens})
     stacks: dict[str, list[Piece]] = {}
     for each, piece in own.items():
         stacks.setdefault(piece.name, []).append(pieces[each])

@@ -9,21 +9,39 @@ import os
 import sys
 import tempfile
 import textwrap
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, ViTImageProcessor
 from transformers.utils import logging
 
-import modeling_vit_custom
-from modeling_vit_custom import ViTCustomConfig
+from modeling_vit_custom import (
+    ViTCustomBackbone,
+    ViTCustomConfig,
+    ViTCustomForImageClassification,
+    ViTCustomForMaskedImageModeling,
+    ViTCustomForPreTraining,
+    ViTCustomModel,
+)
+from modeling_vit_custom.command_line import Parser, positive, report_user_errors
 from modeling_vit_custom.convert import convert, export
+from modeling_vit_custom.convert.checkpoints import PREPROCESSOR
 from modeling_vit_custom.convert.export import FORMATS
+from modeling_vit_custom.convert.preprocessing import resize_processor
 from modeling_vit_custom.modeling_vit_custom import ViTCustomPreTrainedModel
 from modeling_vit_custom.presets import list_presets
 
 
+OWN_CLASSES = (
+    ViTCustomModel,
+    ViTCustomForImageClassification,
+    ViTCustomForPreTraining,
+    ViTCustomForMaskedImageModeling,
+    ViTCustomBackbone,
+)
 PROGRAM = "python -m modeling_vit_custom.convert"
 EXAMPLES = f"""\
 examples:
@@ -47,20 +65,19 @@ presets:
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        check_output_dir(arguments.output_dir, arguments.overwrite)
-        model, processor = open_source(arguments)
-        if arguments.image_size is not None:
-            resize(model, processor, arguments.image_size, arguments.window_size)
-        if arguments.dtype is not None:
-            model = model.to(getattr(torch, arguments.dtype))
-        write(model, processor, arguments.to, arguments.output_dir)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        print(f"convert: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from error
+        with report_user_errors("convert"), telling_warnings():
+            arguments = parse_arguments(argv)
+            check_output_dir(arguments)
+            model, processor = open_source(arguments)
+            if arguments.image_size is not None:
+                model.resize_image_size(arguments.image_size, arguments.window_size)
+                resize_processor(processor, *model.config.native_size)
+            if arguments.dtype is not None:
+                model = model.to(getattr(torch, arguments.dtype))
+            write(model, processor, arguments.to, arguments.output_dir)
     except KeyboardInterrupt:
         print("\nconvert: interrupted; nothing was written", file=sys.stderr)
         raise SystemExit(130) from None
@@ -72,14 +89,23 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
+@contextmanager
+def telling_warnings() -> Iterator[None]:
+    """One line for each of ours, once, if nothing worse happened."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for message in dict.fromkeys(str(each.message) for each in caught if is_ours_to_tell(each)):
+        print(f"convert: warning: {message}", file=sys.stderr)
+
+
+def is_ours_to_tell(warning: warnings.WarningMessage) -> bool:
+    return warning.category is UserWarning and "modeling_vit_custom" in Path(warning.filename).parts
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(PROGRAM, __doc__, EXAMPLES)
     parser.add_argument("source", metavar="SOURCE", help="file, folder, or user/name on the Hub; or a model of ours")
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", type=Path, help="a folder, new or empty")
     parser.add_argument("--to", choices=FORMATS, help="write it as another library does, or as a graph")
@@ -98,30 +124,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
-    return value
-
-
-def check_output_dir(folder: Path, overwrite: bool) -> None:
+def check_output_dir(arguments: argparse.Namespace) -> None:
     """Raises ValueError for a folder whose files must stay."""
+    folder, source = arguments.output_dir, Path(arguments.source)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"OUTPUT_DIR {str(folder)!r} is a file: give a folder")
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
+    if source.exists() and folder.resolve() in (source.resolve(), source.resolve().parent):
+        raise ValueError(f"OUTPUT_DIR {str(folder)!r} holds SOURCE, which is to stay: give another one")
+    if folder.exists() and any(folder.iterdir()) and not arguments.overwrite:
         raise ValueError(f"OUTPUT_DIR {str(folder)!r} is not empty: pass --overwrite, or give another one")
 
 
 def open_source(arguments: argparse.Namespace) -> tuple[ViTCustomPreTrainedModel, ViTImageProcessor]:
     """A model of ours as it is, anything else converted."""
     if is_ours(arguments.source, arguments.revision):
-        if arguments.to is None and arguments.image_size is None and arguments.dtype is None:
-            raise ValueError(f"{arguments.source!r} is a model of this family already: say what to do by --to")
-        source, options = arguments.source, {"revision": arguments.revision}
-        name = (AutoConfig.from_pretrained(source, **options).architectures or ["ViTCustomModel"])[0]
-        opened = getattr(modeling_vit_custom, name).from_pretrained(source, dtype="auto", **options).eval()
-        return opened, ViTImageProcessor.from_pretrained(source, **options)
+        return open_ours(arguments)
     fields = {} if arguments.num_attention_heads is None else {"num_attention_heads": arguments.num_attention_heads}
     return convert(arguments.source, arguments.revision, arguments.preset, **fields)
 
@@ -132,36 +149,46 @@ def is_ours(source: str, revision: str) -> bool:
         return False
     try:
         fields, _ = ViTCustomConfig.get_config_dict(source, revision=revision)
-    except OSError:  # it has none, or is not there, of which `convert` speaks
+    except (AttributeError, OSError, TypeError, ValueError):  # it has none, or is not there, of which `convert` speaks
         return False
     return fields.get("model_type") == ViTCustomConfig.model_type
 
 
-def resize(
-    model: ViTCustomPreTrainedModel, processor: ViTImageProcessor, image_size: int, window_size: int | None
-) -> None:
-    """Positions and windows are interpolated, and images prepared accordingly."""
-    model.resize_image_size(image_size, window_size)
-    size = {"height": image_size, "width": image_size}
-    if processor.do_center_crop:
-        share = image_size / processor.crop_size["height"]
-        processor.size = {"shortest_edge": round(processor.size["shortest_edge"] * share)}
-        processor.crop_size = size
-    else:
-        processor.size = size
+def open_ours(arguments: argparse.Namespace) -> tuple[ViTCustomPreTrainedModel, ViTImageProcessor]:
+    source, options = arguments.source, {"revision": arguments.revision}
+    if arguments.to is None and arguments.image_size is None and arguments.dtype is None:
+        raise ValueError(f"{source!r} is a model of this family already: say what to do by --to")
+    for name in ("preset", "num_attention_heads"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--{name} means nothing for {source!r}, which is a model of this family")
+    config = AutoConfig.from_pretrained(source, **options)
+    classes = {each.__name__: each for each in OWN_CLASSES}
+    model_class = classes.get((config.architectures or ["ViTCustomModel"])[0])
+    if model_class is None:
+        raise ValueError(f"architectures={config.architectures} of {source!r} must be one of {', '.join(classes)}")
+    model = model_class.from_pretrained(source, dtype="auto", **options).eval()
+    if Path(source).is_dir() and not Path(source, PREPROCESSOR).exists():
+        height, width = config.native_size
+        warnings.warn(f"{source!r} has no {PREPROCESSOR}: images are taken to go from -1 to 1", stacklevel=1)
+        return model, ViTImageProcessor(size={"height": height, "width": width})
+    return model, ViTImageProcessor.from_pretrained(source, **options)
 
 
 def write(model: ViTCustomPreTrainedModel, processor: ViTImageProcessor, to: str | None, folder: Path) -> None:
-    """All of it, or nothing."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}_") as made:
+    """All of it, or nothing: made beside the folder, where the disk is the same, and moved file by file."""
+    parent = next(each for each in folder.absolute().parents if each.is_dir())
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{folder.name}_") as made:
         if to is None:
             model.save_pretrained(made)
             processor.save_pretrained(made)
         else:
             export(model, processor, to, Path(made))
-        folder.mkdir(exist_ok=True)
-        for file in sorted(Path(made).iterdir()):
+        files = sorted(Path(made).iterdir())
+        wrong = next((file.name for file in files if (folder / file.name).is_dir()), None)
+        if wrong:
+            raise ValueError(f"OUTPUT_DIR {str(folder)!r} has a folder {wrong!r} where a file is to be")
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in files:
             os.replace(file, folder / file.name)
 
 

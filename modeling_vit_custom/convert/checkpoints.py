@@ -6,6 +6,7 @@ or Google's `.npz`.
 
 import argparse
 import json
+import math
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -23,15 +24,16 @@ from torch import Tensor
 
 PYTORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 # Where training codes keep the weights in a file with other things.
-WRAPPERS = ("model", "state_dict", "model_state_dict")
+ENVELOPES = ("model", "state_dict", "model_state_dict")
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
 # In the order of preference; each may come with an index of its parts.
 WEIGHTS = (
     "model.safetensors",
     "pytorch_model.bin",
-    "open_clip_pytorch_model.safetensors",
 )
+# More than any model has, and few enough to be looked at one by one.
+MAX_BLOCKS = 1000
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,11 @@ def open_checkpoint(source: str | os.PathLike, revision: str = "main") -> Checkp
     path = Path(source)
     if not path.exists():
         path = _download(str(source), revision)
+    if path.is_file() and path.name in WEIGHTS and (path.parent / CONFIG).is_file():
+        path = path.parent
     if path.is_file():
         return Checkpoint(_open_file(path))
-    config, preprocessor = _read_json(path / CONFIG), _read_json(path / PREPROCESSOR)
-    files = _find_weights(path)
-    parts = [_open_file(file) for file in files]
-    tensors = parts[0] if len(parts) == 1 else _Joined(parts)
-    return Checkpoint(tensors, config, preprocessor)
+    return Checkpoint(_open_folder(path), _read_json(path / CONFIG), _read_json(path / PREPROCESSOR))
 
 
 def _download(name: str, revision: str) -> Path:
@@ -93,31 +93,41 @@ def _read_json(file: Path) -> dict:
     return content
 
 
-def _find_weights(folder: Path) -> list[Path]:
+def _open_folder(folder: Path) -> "_Tensors":
     """The file with the weights, or its parts as an index names them."""
     for name in WEIGHTS:
         if (folder / name).exists():
-            return [folder / name]
+            return _open_file(folder / name)
         index = folder / f"{name}.index.json"
         if index.exists():
-            named = _read_json(index).get("weight_map")
-            if not isinstance(named, dict) or not named:
-                raise ValueError(f"{str(index)!r} has no weight_map")
-            files = sorted({Path(str(file)) for file in named.values()})
-            for file in files:
-                if file.name != str(file) or not (folder / file).is_file():
-                    raise ValueError(f"{str(index)!r} names {str(file)!r}, which is not there")
-            return [folder / file for file in files]
+            return _open_parts(index)
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".npz", *PYTORCH_SUFFIXES))
     if len(files) == 1:
-        return files
+        return _open_file(files[0])
     count = f"{len(files)} files of weights: name one of them" if files else f"no weights, such as {WEIGHTS[0]}"
     raise ValueError(f"folder {str(folder)!r} holds {count}")
+
+
+def _open_parts(index: Path) -> "_Tensors":
+    places = _read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+        raise ValueError(f"{str(index)!r} has no weight_map")
+    parts = {}
+    for file in sorted(set(places.values())):
+        if Path(file).name != file or not (index.parent / file).is_file():
+            raise ValueError(f"{str(index)!r} names {file!r}, which is not there")
+        parts[file] = _open_file(index.parent / file)
+    absent = next((name for name, file in places.items() if name not in parts[file].shapes), None)
+    if absent is not None:
+        raise ValueError(f"{str(index)!r} says that {absent!r} is in {places[absent]!r}, which it is not")
+    return _Joined({name: parts[file] for name, file in places.items()})
 
 
 def _open_file(path: Path) -> "_Tensors":
     with path.open("rb") as file:
         start = file.read(8)
+    if not start:
+        raise ValueError(f"{str(path)!r} is empty")
     is_zip = start.startswith(b"PK")
     try:
         if is_zip and _is_npz(path):
@@ -145,9 +155,10 @@ def _is_npz(path: Path) -> bool:
 
 
 class _Tensors(Mapping[str, Tensor]):
-    """Named tensors with shapes that are known beforehand."""
+    """Named tensors with shapes that are known beforehand, and the attention heads where the format tells them."""
 
     shapes: dict[str, tuple[int, ...]]
+    num_attention_heads: int | None = None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -181,9 +192,9 @@ class _PyTorch(_Tensors):
                         "weights alone, as safetensors, where you trust it"
                     ) from error
                 raise ValueError(text) from error
-        for wrapper in WRAPPERS:
-            if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-                content = content[wrapper]
+        for envelope in ENVELOPES:
+            if isinstance(content, dict) and isinstance(content.get(envelope), dict):
+                content = content[envelope]
         if not isinstance(content, dict) or not any(isinstance(each, Tensor) for each in content.values()):
             raise ValueError("no tensors are in it by their names")
         self.content = {str(name): each.detach() for name, each in content.items() if isinstance(each, Tensor)}
@@ -222,7 +233,11 @@ class _Npz(_Tensors):
         if parts[-1] in ("kernel", "scale"):
             parts[-1] = "weight"
         name = ".".join(parts)
+        if name.endswith("Attention_0.query.weight") or name.endswith("Attention_1.query.weight"):
+            self.num_attention_heads = stored[-2]
         if ".encoderblock." in name:
+            if not stored or stored[0] > MAX_BLOCKS:
+                raise ValueError(f"{key!r} of shape {stored} is no stack of blocks")
             for block in range(stored[0]):
                 self._place(name.replace(".encoderblock.", f".encoderblock_{block}."), key, block, stored[1:])
         else:
@@ -248,8 +263,11 @@ def _read_header(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
+        size = archive.getinfo(name).file_size - file.tell()
     if dtype.hasobject:
         raise UnsafeError(f"{name!r} holds Python objects, which could run code when they are read")
+    if math.prod(shape) * dtype.itemsize != size:
+        raise ValueError(f"{name!r} holds {size:,} bytes, which are no array of shape {shape}")
     return shape
 
 
@@ -269,11 +287,11 @@ def _to_torch(name: str, tensor: Tensor) -> Tensor:
 
 
 class _Joined(_Tensors):
-    """Of several files."""
+    """Of several files, each tensor of the one where its index says that it is."""
 
-    def __init__(self, parts: list[_Tensors]):
-        self.parts = {name: part for part in parts for name in part}
-        self.shapes = {name: shape for part in parts for name, shape in part.shapes.items()}
+    def __init__(self, places: dict[str, _Tensors]):
+        self.places = places
+        self.shapes = {name: part.shapes[name] for name, part in places.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.parts[name][name]
+        return self.places[name][name]

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, ViTImageProcessor
 
 from ..configuration_vit_custom import StageConfig, ViTCustomConfig
 from ..modeling_vit_custom import (
+    ViTCustomBackbone,
     ViTCustomForImageClassification,
     ViTCustomForMaskedImageModeling,
     ViTCustomForPreTraining,
@@ -22,7 +23,7 @@ from ..modeling_vit_custom import (
     ViTCustomPreTrainedModel,
 )
 from .foreign_configs import TRANSFORMERS_LAYOUTS
-from .graphs import to_exported_program, to_onnx
+from .graphs import check_exportable, to_exported_program, to_onnx
 from .layouts import TIMM_SWIN, TIMM_VIT, TRANSFORMERS_SINGLE_DEIT, VIT_JAX, Layout, assemble, own_pieces
 from .preprocessing import describe_preprocessing
 
@@ -52,7 +53,10 @@ def export(model: ViTCustomPreTrainedModel, image_processor: ViTImageProcessor, 
     else:
         import timm
 
-        theirs, (name, options) = to_timm(model, copy=False), timm_architecture(model)
+        name, options = timm_architecture(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # which the line above gave already
+            theirs = to_timm(model, copy=False)
         theirs.pretrained_cfg = {"architecture": name, "num_classes": theirs.num_classes}
         theirs.pretrained_cfg |= describe_preprocessing(image_processor, model.config)
         names = [model.config.id2label[index] for index in range(theirs.num_classes)]
@@ -86,9 +90,10 @@ def to_timm(model: ViTCustomPreTrainedModel, copy: bool = True) -> nn.Module:
 
 def timm_architecture(model: ViTCustomPreTrainedModel) -> tuple[str, dict]:
     """A name that `timm.create_model` knows, and what to pass besides."""
+    check_exportable(model)
     config = model.config
     stages, first = config.stages, config.stages[0]
-    if isinstance(model, (ViTCustomForPreTraining, ViTCustomForMaskedImageModeling)):
+    if not isinstance(model, (ViTCustomForImageClassification, ViTCustomModel)):
         raise ValueError(f"timm has no {type(model).__name__}: export its encoder or a classifier")
     if any(stage.sr_ratio > 1 for stage in stages) or (len(stages) > 1 and not first.window_size):
         raise ValueError("timm has no PVT of the first version: export to transformers")
@@ -109,6 +114,7 @@ def timm_architecture(model: ViTCustomPreTrainedModel) -> tuple[str, dict]:
         windows = {stage.window_size for stage in stages}
         if len(windows) > 1:
             raise ValueError(f"window_size={config.window_size} must be one for all stages in timm")
+        _warn_of_padding(config, "timm")
         swin = {
             "depths": [stage.depth for stage in stages],
             "num_heads": [stage.num_attention_heads for stage in stages],
@@ -127,6 +133,10 @@ def timm_architecture(model: ViTCustomPreTrainedModel) -> tuple[str, dict]:
         "pos_embed": "none" if first.position_embedding_type == "none" else "learn",
     }
     if config.use_distillation_token:
+        others = {"pooling": config.pooling != "cls", "position_embedding_type": vit["pos_embed"] == "none"}
+        wrong = next((name for name, is_other in others.items() if is_other), None)
+        if wrong:
+            raise ValueError(f"timm has no distilled model with {wrong}={getattr(config, wrong)!r}")
         vit = {name: vit[name] for name in ("depth", "num_heads", "qk_norm", "init_values")}
         return "deit_tiny_distilled_patch16_224", shared | vit
     return "vit_tiny_patch16_224", shared | vit
@@ -139,8 +149,8 @@ def to_transformers(model: ViTCustomPreTrainedModel, copy: bool = True) -> PreTr
         model: With any weights.
         copy: Otherwise both share tensors, in half the memory: use only one of them from then on.
     """
-    config = model.config
     kind, fields = transformers_config(model)
+    config = model.config
     has_spare_token = _has_spare_token(config)
     layout = TRANSFORMERS_SINGLE_DEIT if has_spare_token else TRANSFORMERS_LAYOUTS[kind]
     their_config = transformers.CONFIG_MAPPING[kind](**fields)
@@ -171,7 +181,10 @@ def to_transformers(model: ViTCustomPreTrainedModel, copy: bool = True) -> PreTr
 
 def transformers_config(model: ViTCustomPreTrainedModel) -> tuple[str, dict]:
     """The `model_type` and the fields of its configuration."""
+    check_exportable(model)
     config = model.config
+    if isinstance(model, ViTCustomBackbone):
+        raise ValueError("transformers has no ViTCustomBackbone: export its encoder or a classifier")
     stages, first = config.stages, config.stages[0]
     refused = {
         "num_register_tokens": config.num_register_tokens > 0 and not _has_spare_token(config),
@@ -202,6 +215,7 @@ def transformers_config(model: ViTCustomPreTrainedModel) -> tuple[str, dict]:
     if first.window_size:
         if {stage.window_size for stage in stages} != {first.window_size}:
             raise ValueError(f"window_size={config.window_size} must be one for all stages in transformers")
+        _warn_of_padding(config, "transformers")
         return "swin", shared | {
             "patch_size": first.patch_size,
             "embed_dim": first.hidden_size,
@@ -250,6 +264,16 @@ def transformers_config(model: ViTCustomPreTrainedModel) -> tuple[str, dict]:
     return ("deit" if config.use_distillation_token or _has_spare_token(config) else "vit"), fields
 
 
+def _warn_of_padding(config: ViTCustomConfig, library: str) -> None:
+    grids = [(stage.grid_size, stage.window_size) for stage in config.stages]
+    if any(side % window for grid, window in grids for side in grid):
+        warnings.warn(
+            f"windows do not fill the grid of {config.native_size[0]} x {config.native_size[1]} pixels: {library} "
+            "attends to the padding, which is masked out here, and outputs differ",
+            stacklevel=4,
+        )
+
+
 def _has_spare_token(config: ViTCustomConfig) -> bool:
     """Whether it is a DeiT whose distillation token has no head: a register to us, and a model of its own there."""
     return config.is_plain and config.use_class_token and config.num_register_tokens == 1
@@ -257,9 +281,23 @@ def _has_spare_token(config: ViTCustomConfig) -> bool:
 
 def to_npz(model: ViTCustomPreTrainedModel) -> dict[str, np.ndarray]:
     """Arrays by their names in vit_jax, for a plain ViT or its classifier."""
+    check_exportable(model)
     config = model.config
     if not config.is_plain or not isinstance(model, (ViTCustomForImageClassification, ViTCustomModel)):
         raise ValueError("Google's format is for a single stage of global attention, bare or a classifier")
+    # What its names and shapes would not tell, so that it would be read as something else.
+    refused = {
+        "pooling": config.pooling == "mean" and config.use_class_token,
+        "image_size": config.native_size[0] != config.native_size[1],
+        "qkv_bias": not config.qkv_bias,
+        "position_embedding_type": config.stages[0].position_embedding_type == "none",
+    }
+    wrong = next((name for name, is_refused in refused.items() if is_refused), None)
+    if wrong:
+        raise ValueError(f"Google's format has no counterpart of {wrong}={getattr(config, wrong)!r}")
+    _compare_epsilon(config.layer_norm_eps, 1e-6, "Google's code")
+    if config.hidden_act != "gelu_pytorch_tanh":
+        warnings.warn("Google's code has GELU by tanh, this model the exact one: outputs differ slightly", stacklevel=2)
     heads, arrays = config.stages[0].num_attention_heads, {}
     for name, tensor in rename(model, VIT_JAX).items():
         if name.endswith("pos_embedding"):

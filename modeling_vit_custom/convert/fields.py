@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Mapping
 
 from ..presets import list_presets, preset_config
@@ -9,6 +10,22 @@ from .layouts import Piece
 
 
 Shapes = Mapping[str, tuple[int, ...]]
+# What tensors tell and what is written beside them must be the same of.
+TOLD_TWICE = (
+    "depths",
+    "hidden_size",
+    "hidden_sizes",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_channels",
+    "num_hidden_layers",
+    "num_labels",
+    "patch_size",
+    "position_embedding_type",
+    "qkv_bias",
+    "sr_ratios",
+    "use_class_token",
+)
 PREFIX_TOKENS = ("class_token", "distillation_token", "register_tokens")
 
 
@@ -29,7 +46,8 @@ def read_fields(shapes: Shapes, known: Mapping) -> dict:
         known: Fields that are written beside the weights, or given; they go before what shapes say.
 
     Raises:
-        ValueError: if tensors are missing without which nothing can be said, or heads or the image size are not known.
+        ValueError: if tensors are missing without which nothing can be said, heads or the image size are not known, or
+            the two do not agree.
     """
     depths = _count_blocks(shapes)
     stages = [f"model.stages.{stage}." for stage in range(len(depths))]
@@ -79,6 +97,7 @@ def read_fields(shapes: Shapes, known: Mapping) -> dict:
         fields = {name: value[0] if isinstance(value, list) else value for name, value in fields.items()}
     else:
         fields |= {name: _one(value) for name, value in fields.items() if name not in ("hidden_sizes", "depths")}
+    _compare(fields, known)
     fields |= known
     if "num_attention_heads" not in fields:
         fields["num_attention_heads"] = _guess_heads(widths)
@@ -87,13 +106,38 @@ def read_fields(shapes: Shapes, known: Mapping) -> dict:
     return fields
 
 
-def check_shapes(found: Shapes, expected: Shapes) -> None:
-    """Raises ValueError for a tensor of another shape; a table of positions may begin with rows of prefix tokens."""
+def _compare(found: Mapping, known: Mapping) -> None:
+    """Raises ValueError where tensors tell something else than what is known of them."""
+    if "num_labels" in found and known.get("id2label"):
+        known = {**known, "num_labels": len(known["id2label"])}
+    for name in TOLD_TWICE:
+        if name not in found or name not in known:
+            continue
+        ours, said = _one(found[name]), _one(known[name])
+        if name == "position_embedding_type":  # whose tensor may be learnt or not
+            ours, said = (["none" if each == "none" else "there" for each in _listed(value)] for value in (ours, said))
+            ours, said = _one(ours), _one(said)
+        if ours != said:
+            raise ValueError(f"{name} is {ours} by its tensors, and {said} by what is written beside them or given")
+
+
+def _listed(value) -> list:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def check_shapes(found: Shapes, expected: Shapes, position_rows: set[int]) -> None:
+    """Raises ValueError for a tensor of another shape.
+
+    Args:
+        found: Shapes of tensors.
+        expected: What they must be.
+        position_rows: How many rows of prefix tokens a table of positions may begin with.
+    """
     for name, wanted in expected.items():
         shape = found[name]
         if name.endswith("mask_token.weight"):
             shape = (math.prod(shape),)
-        if name.endswith("position_embedding.weight") and len(shape) == 3 and shape[1] >= wanted[1]:
+        if name.endswith("position_embedding.weight") and len(shape) == 3 and shape[1] - wanted[1] in position_rows:
             shape = (shape[0], wanted[1], shape[2])
         if shape != wanted:
             raise ValueError(f"{name} has the shape {found[name]}, and the other tensors ask for {wanted}")
@@ -154,7 +198,7 @@ def _read_decoder(shapes: Shapes) -> dict:
 
 
 def _guess_heads(widths: list[int]) -> int | list[int]:
-    """Of a preset with these widths; those that have the same ones have the same heads, but for windows.
+    """Of a preset with these widths, with a warning: others of these widths may have other heads.
 
     Raises:
         ValueError: if there is none: with another number a model would work, and be wrong.
@@ -162,7 +206,13 @@ def _guess_heads(widths: list[int]) -> int | list[int]:
     for name in list_presets():
         stages = preset_config(name).stages
         if [stage.hidden_size for stage in stages] == widths and not any(stage.window_size for stage in stages):
-            return _one([stage.num_attention_heads for stage in stages])
+            heads = _one([stage.num_attention_heads for stage in stages])
+            warnings.warn(
+                f"the weights do not tell the number of attention heads: {heads} are assumed, as {name} has, which is "
+                "as wide (num_attention_heads states another)",
+                stacklevel=2,
+            )
+            return heads
     raise ValueError(
         f"weights do not tell the number of attention heads, and no preset has the widths {widths}: give --preset or "
         "--num_attention_heads"
@@ -177,15 +227,21 @@ def _find_image_size(fields: Mapping, shapes: Shapes) -> int:
     if table is None:
         windows = fields["window_size"]
         if not windows:
-            raise ValueError("weights without positions do not tell the image size: give image_size")
-        return (windows if isinstance(windows, int) else windows[0]) * 32
+            raise ValueError("weights without positions do not tell the image size, and positions are missing")
+        side = (windows if isinstance(windows, int) else windows[0]) * 32
+        warnings.warn(
+            f"the weights do not tell the image size: {side} x {side} is assumed, as of the published ones with "
+            f"windows of {windows}",
+            stacklevel=2,
+        )
+        return side
     registers = fields["num_register_tokens"]
     tokens = fields["use_class_token"] + fields["use_distillation_token"]
     for rows in (tokens, tokens + registers, 0):
         side = math.isqrt(max(table[1] - rows, 0))
         if side and side**2 == table[1] - rows:
             return side * first_patch
-    raise ValueError(f"{table[1]} positions are of no square grid: give image_size")
+    raise ValueError(f"{table[1]} positions are of no square grid: the configuration must tell the image size")
 
 
 def _one(values):

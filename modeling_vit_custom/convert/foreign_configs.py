@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from .checkpoints import Checkpoint
 from .layouts import (
+    BIG_VISION,
     OFFICIAL_SWIN,
     TIMM_SWIN,
     TIMM_VIT,
@@ -17,6 +18,7 @@ from .layouts import (
     TRANSFORMERS_PVT,
     TRANSFORMERS_SWIN,
     TRANSFORMERS_VIT,
+    VIT_JAX,
     Layout,
     recognise,
 )
@@ -34,15 +36,58 @@ TIMM_LAYOUTS = {
     "VisionTransformerDistilled": TIMM_VIT,
     "SwinTransformer": TIMM_SWIN,
 }
+# Of `model_args` in timm's config.json: what is passed on; others, such as paths of files to load, are not.
+TIMM_OPTIONS = {
+    "act_layer",
+    "always_partition",
+    "attn_drop_rate",
+    "class_token",
+    "depth",
+    "depths",
+    "drop_path_rate",
+    "drop_rate",
+    "dynamic_img_pad",
+    "dynamic_img_size",
+    "embed_dim",
+    "fc_norm",
+    "final_norm",
+    "global_pool",
+    "img_size",
+    "in_chans",
+    "init_values",
+    "mlp_ratio",
+    "no_embed_class",
+    "num_classes",
+    "num_heads",
+    "patch_size",
+    "pool_include_prefix",
+    "pos_drop_rate",
+    "pos_embed",
+    "pre_norm",
+    "proj_bias",
+    "proj_drop_rate",
+    "qk_norm",
+    "qkv_bias",
+    "reg_tokens",
+    "strict_img_size",
+    "weight_init",
+    "window_size",
+}
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_pytorch_tanh", "gelu_new": "gelu_pytorch_tanh"}
 
 
-# Where there are weights alone: torch's default where it is not the 1e-6 of ours.
+# Where there are weights alone. An epsilon is torch's default where it is not the 1e-6 of ours; GELU of flax, which
+# Google's codes call without options, is the one by tanh.
 KNOWN_OF_FILES = {
+    VIT_JAX.title: {"hidden_act": "gelu_pytorch_tanh", "position_embedding_type": "learned"},
+    BIG_VISION.title: {"hidden_act": "gelu_pytorch_tanh", "position_embedding_type": "learned"},
     TIMM_VIT.title: {"position_antialias": True},
     TIMM_SWIN.title: {"layer_norm_eps": 1e-5},
     OFFICIAL_SWIN.title: {"layer_norm_eps": 1e-5},
     TORCHVISION_SWIN.title: {"layer_norm_eps": 1e-5},
+    TRANSFORMERS_SWIN.title: {"layer_norm_eps": 1e-5},
+    TRANSFORMERS_VIT.title: {"layer_norm_eps": 1e-12},
+    TRANSFORMERS_DEIT.title: {"layer_norm_eps": 1e-12},
 }
 
 
@@ -57,12 +102,20 @@ def read_metadata(checkpoint: Checkpoint) -> tuple[Layout, dict]:
     if "architecture" in config:
         model = _make_timm_model(config)
         known = read_timm(model)
-        names = config.get("label_names") or (config.get("pretrained_cfg") or {}).get("label_names")
+        names = config.get("label_names") or timm_preprocessing(config).get("label_names")
         if names and len(names) == model.num_classes:
             known |= {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
         return timm_layout(model), known
     layout = recognise(checkpoint.tensors)
-    return layout, KNOWN_OF_FILES.get(layout.title, {})
+    heads = checkpoint.tensors.num_attention_heads
+    return layout, KNOWN_OF_FILES.get(layout.title, {}) | ({} if heads is None else {"num_attention_heads": heads})
+
+
+def timm_preprocessing(config: dict) -> dict:
+    """What timm writes of how images are prepared, in a part of its own or, years ago, among the rest."""
+    if "architecture" not in config:
+        return {}
+    return config.get("pretrained_cfg") or config
 
 
 def _make_timm_model(config: dict) -> nn.Module:
@@ -74,10 +127,13 @@ def _make_timm_model(config: dict) -> nn.Module:
         raise ValueError(f"timm knows no architecture {name!r}")
     options = dict(config.get("model_args") or {})
     options |= {key: config[key] for key in ("num_classes", "global_pool") if config.get(key) is not None}
+    strange = sorted(options.keys() - TIMM_OPTIONS)
+    if strange:
+        raise ValueError(f"model_args of its config.json hold {strange[0]!r}, which has no counterpart")
     try:
         with torch.device("meta"):
             return timm.create_model(name, pretrained=False, **options)
-    except (RuntimeError, TypeError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, RuntimeError, TypeError) as error:
         raise ValueError(f"timm makes no {name!r} with {options}: {' '.join(str(error).split())}") from error
 
 
@@ -92,8 +148,8 @@ def transformers_layout(model_type: str) -> Layout:
 def timm_layout(model: nn.Module) -> Layout:
     """How timm names the tensors of a model."""
     name = type(model).__name__
-    if name not in TIMM_LAYOUTS:
-        raise ValueError(f"cannot convert a {name}: give a timm {', '.join(TIMM_LAYOUTS)}")
+    if name not in TIMM_LAYOUTS or not type(model).__module__.startswith("timm."):
+        raise ValueError(f"it must be a timm {', '.join(TIMM_LAYOUTS)}")
     return TIMM_LAYOUTS[name]
 
 
@@ -114,12 +170,40 @@ def read_transformers(config: PreTrainedConfig) -> dict:
         "initializer_range": config.initializer_range,
         "problem_type": config.problem_type,
     }
+    fields["num_channels"], fields["qkv_bias"] = config.num_channels, config.qkv_bias
     # PvtConfig may have no names, and says 1000 of what transformers 4 wrote: there the head tells how many.
     if config.id2label:
+        if sorted(config.id2label) != list(range(len(config.id2label))):
+            raise ValueError("id2label must number the classes from 0")
         fields |= {"id2label": config.id2label, "label2id": config.label2id}
     if config.model_type in ("pvt", "swin"):
-        fields["drop_path_rate"] = config.drop_path_rate
+        fields |= {"drop_path_rate": config.drop_path_rate, "depths": list(config.depths)}
+    else:
+        fields |= {
+            "hidden_size": config.hidden_size,
+            "num_hidden_layers": config.num_hidden_layers,
+            "intermediate_size": config.intermediate_size,
+            "patch_size": config.patch_size,
+            "position_embedding_type": "learned",
+            "use_class_token": True,
+        }
+    if is_swin:
+        widths = [config.embed_dim * 2**stage for stage in range(len(config.depths))]
+        fields |= {
+            "hidden_sizes": widths,
+            "intermediate_size": [int(config.mlp_ratio * width) for width in widths],
+            "patch_size": [config.patch_size, *[2] * (len(widths) - 1)],
+            "position_embedding_type": ["learned" if config.use_absolute_embeddings else "none"]
+            + ["none"] * (len(widths) - 1),
+        }
     if config.model_type == "pvt":
+        fields |= {
+            "hidden_sizes": list(config.hidden_sizes),
+            "intermediate_size": [ratio * width for ratio, width in zip(config.mlp_ratios, config.hidden_sizes)],
+            "patch_size": list(config.patch_sizes),
+            "position_embedding_type": "learned",
+            "sr_ratios": list(config.sequence_reduction_ratios),
+        }
         if list(config.patch_sizes) != list(config.strides):
             raise ValueError(
                 f"patch_sizes={config.patch_sizes} must equal strides={config.strides}: patches do not overlap"
@@ -157,6 +241,15 @@ def _read_timm_vit(model: nn.Module) -> dict:
     if model.attn_pool is not None or model.global_pool not in ("token", "avg"):
         raise ValueError(f"global_pool={model.global_pool!r} has no counterpart: only 'token' and 'avg' have")
     return {
+        "hidden_size": model.embed_dim,
+        "num_hidden_layers": len(model.blocks),
+        "intermediate_size": block.mlp.fc1.out_features,
+        "patch_size": model.patch_embed.patch_size[0],
+        "num_channels": model.patch_embed.proj.in_channels,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "use_class_token": model.cls_token is not None,
+        "position_embedding_type": "none" if model.pos_embed is None else "learned",
+        **({"num_labels": model.num_classes} if model.num_classes else {}),
         "image_size": list(model.patch_embed.img_size),
         "num_attention_heads": block.attn.num_heads,
         "position_antialias": model.pos_embed is not None,
@@ -173,6 +266,11 @@ def _read_timm_swin(model: nn.Module) -> dict:
     if model.head.global_pool.pool_type != "avg":
         raise ValueError(f"global_pool={model.head.global_pool.pool_type!r} has no counterpart: only 'avg' has")
     return {
+        "hidden_sizes": [block.attn.qkv.in_features for block in blocks],
+        "depths": [len(stage.blocks) for stage in model.layers],
+        "num_channels": model.patch_embed.proj.in_channels,
+        "qkv_bias": blocks[0].attn.qkv.bias is not None,
+        **({"num_labels": model.num_classes} if model.num_classes else {}),
         "image_size": list(model.patch_embed.img_size),
         "hidden_act": _read_timm_activation(blocks[0].mlp.act),
         "layer_norm_eps": model.norm.eps,
@@ -181,6 +279,8 @@ def _read_timm_swin(model: nn.Module) -> dict:
 
 
 def _read_timm_activation(activation: nn.Module) -> str:
+    if type(activation).__name__ == "GELUTanh":
+        return "gelu_pytorch_tanh"
     if not isinstance(activation, nn.GELU):
         raise ValueError(f"activation {type(activation).__name__} has no counterpart: only GELU has")
-    return "gelu_pytorch_tanh" if activation.approximate == "tanh" else "gelu"
+    return "gelu_pytorch_tanh" if getattr(activation, "approximate", "none") == "tanh" else "gelu"

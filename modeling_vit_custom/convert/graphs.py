@@ -1,6 +1,7 @@
 """Models of this family as graphs, for runtimes that know neither this package nor transformers.
 
-A graph takes any number of images of any size, as the model does: nothing in it is fixed to the size it was traced at.
+A graph takes any number of images of any size with more than one patch of the last stage: nothing in it is fixed to
+the size that it was traced at.
 """
 
 import math
@@ -54,6 +55,15 @@ class _Graph(nn.Module):
         return tuple(outputs[name] for name in self.names)
 
 
+def check_exportable(model: ViTCustomPreTrainedModel) -> None:
+    """Raises ValueError for what is no model of this family, or has tensors that are elsewhere or quantised."""
+    if not isinstance(model, ViTCustomPreTrainedModel):
+        raise ValueError(f"a {type(model).__name__} is no model of this family")
+    for name, tensor in model.state_dict().items():
+        if type(tensor) is not Tensor or tensor.is_meta:
+            raise ValueError(f"{name} is quantised, or not in memory: open the model without that first")
+
+
 def to_exported_program(model: ViTCustomPreTrainedModel) -> ExportedProgram:
     """What `torch.export.save` writes and ahead-of-time compilers take, in evaluation mode.
 
@@ -65,7 +75,8 @@ def to_exported_program(model: ViTCustomPreTrainedModel) -> ExportedProgram:
     """
     if torch.__version__ < OLDEST_TORCH:
         raise ValueError(f"a graph for all sizes needs torch {OLDEST_TORCH} or newer, this is {torch.__version__}")
-    graph, was_training = _Graph(model), model.training
+    check_exportable(model)
+    graph, modes = _Graph(model), {module: module.training for module in model.modules()}
     config, implementation = model.config, model.config._attn_implementation
     stride = math.prod(stage.patch_size for stage in config.stages)
     # Neither an even grid nor a native one: sizes that a graph could be fixed to by accident.
@@ -79,7 +90,9 @@ def to_exported_program(model: ViTCustomPreTrainedModel) -> ExportedProgram:
         with torch.no_grad(), torch.fx.experimental._config.patch(backed_size_oblivious=has_windows):
             return torch.export.export(graph, (images,), dynamic_shapes=(sizes,))
     finally:
-        model.train(was_training).set_attn_implementation(implementation)
+        model.set_attn_implementation(implementation)
+        for module, is_training in modes.items():
+            module.training = is_training
 
 
 def to_onnx(model: ViTCustomPreTrainedModel) -> "ONNXProgram":
@@ -92,6 +105,7 @@ def to_onnx(model: ViTCustomPreTrainedModel) -> "ONNXProgram":
         ValueError: as `to_exported_program`; for weights in bfloat16, which onnxruntime does not compute on CPUs; and
             if the onnx or the onnxscript library is missing.
     """
+    check_exportable(model)
     if model.dtype == torch.bfloat16:
         raise ValueError("runtimes of ONNX compute no bfloat16 on CPUs: make it float32 or float16 (--dtype) first")
     try:

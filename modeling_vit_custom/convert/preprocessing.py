@@ -20,6 +20,8 @@ INTERPOLATIONS = {
     "bicubic": PILImageResampling.BICUBIC,
     "lanczos": PILImageResampling.LANCZOS,
     "nearest": PILImageResampling.NEAREST,
+    "box": PILImageResampling.BOX,
+    "hamming": PILImageResampling.HAMMING,
 }
 # Of `preprocessor_config.json`; the rest is about classes of transformers.
 KEPT = (
@@ -67,11 +69,20 @@ def make_image_processor(
         "image_std": list(timm_config.get("std", std)),
         "resample": INTERPOLATIONS.get(timm_config.get("interpolation", "bicubic"), PILImageResampling.BICUBIC),
     }
-    share = timm_config.get("crop_pct", 1.0)
-    if share < 1 and height == width:
-        # The shorter side first, then the middle of it: https://arxiv.org/abs/2012.12877, as timm evaluates.
-        fields |= {"size": {"shortest_edge": int(height / share)}, "do_center_crop": True, "crop_size": size}
+    if timm_config:
+        fields |= _read_crop(timm_config, height, width)
     return ViTImageProcessor(**fields)
+
+
+def _read_crop(timm_config: Mapping, height: int, width: int) -> dict:
+    """What timm does in evaluation: the middle of an image whose shorter side is resized, or which is distorted."""
+    share, size = timm_config.get("crop_pct") or 1.0, {"height": height, "width": width}
+    if timm_config.get("crop_mode", "center") != "squash" and height == width:
+        return {"size": {"shortest_edge": int(height / share)}, "do_center_crop": True, "crop_size": size}
+    if share == 1:
+        return {"size": size}
+    larger = {"height": int(height / share), "width": int(width / share)}
+    return {"size": larger, "do_center_crop": True, "crop_size": size}
 
 
 def describe_preprocessing(processor: ViTImageProcessor, config: ViTCustomConfig) -> dict:
@@ -79,12 +90,27 @@ def describe_preprocessing(processor: ViTImageProcessor, config: ViTCustomConfig
     height, width = config.native_size
     described = {
         "input_size": [config.num_channels, height, width],
-        "mean": list(processor.image_mean),
-        "std": list(processor.image_std),
+        "mean": list(processor.image_mean) if processor.do_normalize else [0.0] * config.num_channels,
+        "std": list(processor.image_std) if processor.do_normalize else [1.0] * config.num_channels,
         "interpolation": next((name for name, code in INTERPOLATIONS.items() if code == processor.resample), "bicubic"),
         "crop_pct": 1.0,
         "crop_mode": "squash",
     }
     if processor.do_center_crop:
-        described |= {"crop_pct": height / processor.size["shortest_edge"], "crop_mode": "center"}
+        shorter = processor.size["shortest_edge"]
+        described |= {
+            "crop_pct": processor.crop_size["height"] / (shorter or processor.size["height"]),
+            "crop_mode": "center" if shorter else "squash",
+        }
     return described
+
+
+def resize_processor(processor: ViTImageProcessor, height: int, width: int) -> None:
+    """Prepare images of another size, with the same margin around what is cropped."""
+    size = {"height": height, "width": width}
+    if processor.do_center_crop:
+        share = height / processor.crop_size["height"]
+        processor.size = {name: round(side * share) for name, side in dict(processor.size).items() if side}
+        processor.crop_size = size
+    else:
+        processor.size = size

@@ -6,7 +6,6 @@ rests on are scored by insertion and deletion, which tell how far to trust each 
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from transformers import (
 from transformers.utils import logging
 
 from modeling_vit_custom import ViTCustomForImageClassification
+from modeling_vit_custom.command_line import Parser, positive, report_user_errors
 from modeling_vit_custom.convert import from_transformers
 from modeling_vit_custom.interpretability import (
     attention_distance,
@@ -93,19 +93,16 @@ class Images:
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
+    with report_user_errors("interpretability"):
+        arguments = parse_arguments(argv)
         model, processor = load(arguments.checkpoint, arguments.image_size)
         images = Images(arguments.images, processor, arguments.batch_size, model.device)
         others = [arguments.neighbours] if arguments.neighbours else []
         neighbours = Images(others, processor, arguments.batch_size, model.device)
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
         figures, report = analyse(model, images, neighbours)
-    except (OSError, ValueError) as error:
-        print(f"interpretability: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from error
     for name, figure in figures.items():
         figure.savefig(arguments.output_dir / f"{name}.png", dpi=FIGURE_DPI)
     (arguments.output_dir / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -114,13 +111,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(PROGRAM, __doc__, EXAMPLES)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or user/name of a ViT, DeiT, PVT or Swin")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGES", help="files, or folders of them")
     parser.add_argument("--output_dir", type=Path, default=Path("interpretability"), help="(interpretability)")
@@ -128,13 +119,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=positive, default=16, metavar="N", help="images at once (16)")
     parser.add_argument("--neighbours", type=Path, metavar="DIR", help="find the most similar images in this folder")
     return parser.parse_args(argv)
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
-    return value
 
 
 def find_images(place: Path) -> list[Path]:

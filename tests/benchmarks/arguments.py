@@ -6,13 +6,6 @@ from pathlib import Path
 import torch
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
-    return value
-
-
 def add_output(parser: argparse.ArgumentParser, help_text: str) -> None:
     parser.add_argument("--output", type=output_file, metavar="FILE", help=help_text)
 

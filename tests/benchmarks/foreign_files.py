@@ -7,6 +7,7 @@ papers' repositories.
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -303,6 +304,11 @@ def google(folder: Path, model: nn.Module, dialect: str) -> ForeignFile:
     return ForeignFile(folder / "weights.npz", peer, _side(model))
 
 
+def _google_vit(folder: Path, sizes: Sizes, dialect: str) -> ForeignFile:
+    """flax's `nn.gelu` is the one by tanh, which timm, for one, takes for the exact one when it reads these files."""
+    return google(folder, _timm(sizes.vit, act_layer="gelu_tanh"), dialect)
+
+
 def _torchvision(kind: str, sizes: Mapping | None) -> nn.Module:
     if sizes is None:
         return randomise(torchvision.models.get_model({"vit": "vit_b_16", "swin": "swin_t"}[kind], num_classes=LABELS))
@@ -329,13 +335,15 @@ def outputs_of(model: nn.Module, images: Tensor) -> Tensor:
 
 # By (source, architecture): how the file is made in a folder, of given sizes.
 SOURCES: dict[tuple[str, str], Callable[[Path, Sizes], ForeignFile]] = {
-    ("Google's .npz, vit_jax", "ViT"): lambda folder, sizes: google(folder, _timm(sizes.vit), "vit_jax"),
-    ("Google's .npz, vit_jax, pre-logits", "ViT"): lambda folder, sizes: google(folder, _timm(sizes.vit), "pre_logits"),
-    ("Google's .npz, vit_jax, opt/target", "ViT"): lambda folder, sizes: google(folder, _timm(sizes.vit), "optimizer"),
-    ("Google's .npz, big_vision", "ViT"): lambda folder, sizes: google(folder, _timm(sizes.vit), "big_vision"),
-    ("Google's .npz, big_vision, stacked blocks", "ViT"): lambda folder, sizes: google(
-        folder, _timm(sizes.vit), "scan"
-    ),
+    (f"Google's .npz, {title}", "ViT"): partial(_google_vit, dialect=dialect)
+    for title, dialect in {
+        "vit_jax": "vit_jax",
+        "vit_jax, pre-logits": "pre_logits",
+        "vit_jax, opt/target": "optimizer",
+        "big_vision": "big_vision",
+        "big_vision, stacked blocks": "scan",
+    }.items()
+} | {
     ("timm folder", "ViT"): lambda folder, sizes: timm_folder(folder, sizes.vit, _timm(sizes.vit)),
     ("timm folder", "DeiT distilled"): lambda folder, sizes: timm_folder(
         folder, sizes.distilled, _timm(sizes.distilled)
@@ -381,3 +389,25 @@ for _title, _newest in (("transformers 4.x", False), ("transformers 5.x", True))
         SOURCES[_title, _architecture] = lambda folder, sizes, name=_name, field=_sizes, newest=_newest: (
             transformers_folder(folder, _transformers(name, getattr(sizes, field)), newest)
         )
+
+
+# What each library has no model for, by a part of the source's or the architecture's name.
+NOT_THERE = {
+    "timm": ("PVT", "ViTMAE", "SimMIM", "pre-logits"),
+    "transformers": ("DeiT III", "fine-tuned", "pre-logits"),
+    "npz": (
+        "DeiT III",
+        "PVT",
+        "Swin",
+        "ViTMAE",
+        "SimMIM",
+        "distilled",
+        "fine-tuned",
+        "transformers 4.x, DeiT",
+        "transformers 5.x, DeiT",
+    ),
+}
+
+
+def has_counterpart(source: tuple[str, str], library: str) -> bool:
+    return not any(part in ", ".join(source) for part in NOT_THERE[library])

@@ -22,12 +22,13 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from modeling_vit_custom.command_line import positive
 from trainers.data import TRAIN, load_digits
 
 
 # The folder above holds this package; so the file runs as a script and as a module alike.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.arguments import add_output, positive
+from benchmarks.arguments import add_output
 from benchmarks.environment import describe_environment, format_environment
 
 

@@ -32,8 +32,9 @@ from transformers import (
 # The folder above holds this package; so the file runs as a script and as a module alike.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import modeling_vit_custom  # noqa: F401  (registers the family)
-from benchmarks.arguments import add_output, positive
+from benchmarks.arguments import add_output
 from benchmarks.environment import describe_environment, format_environment
+from modeling_vit_custom.command_line import positive
 from trainers.arguments import DataArguments
 from trainers.data import IMAGE, LABEL, TEST, TRAIN, load_splits, processor_transform, with_transform
 from trainers.metrics import accuracy, per_class_recall

@@ -24,8 +24,9 @@ import pyarrow.parquet as pq
 
 # The folder above holds this package; so the file runs as a script and as a module alike.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.arguments import add_output, positive
+from benchmarks.arguments import add_output
 from benchmarks.environment import describe_environment, format_environment
+from modeling_vit_custom.command_line import positive
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 # The folder above holds this package; so the file runs as a script and as a module alike.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.arguments import add_device, add_output, positive
+from benchmarks.arguments import add_device, add_output
 from benchmarks.environment import describe_environment, format_environment
 from benchmarks.peers import (
     ARCHITECTURES,
@@ -39,6 +39,7 @@ from benchmarks.peers import (
     max_difference,
     randomise,
 )
+from modeling_vit_custom.command_line import positive
 
 
 MODELS = ("ViT-S", "DeiT-S distilled", "Swin-T", "PVT-T")
