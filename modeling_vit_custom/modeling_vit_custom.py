@@ -418,9 +418,9 @@ class WindowAttention(Attention):
 
     def shift(self, grid: tuple[int, int]) -> tuple[int, int]:
         """By how many patches the windows of a grid are shifted, down and to the right."""
-        step = self.window_size // 2 if self.shifted else 0
-        # As arithmetic, which can be exported for all sizes.
-        return tuple(step * torch.sym_min(torch.sym_max(side - self.window_size, 0), 1) for side in grid)
+        size, step = self.window_size, self.window_size // 2 if self.shifted else 0
+        # 0 where one window covers the side and 1 elsewhere; as arithmetic, it can be exported for all sizes.
+        return tuple(step * (1 - (size // side + size - 1) // size) for side in grid)
 
     @torch.no_grad()
     def resize(self, window_size: int):

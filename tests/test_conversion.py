@@ -134,6 +134,18 @@ def test_a_checkpoint_in_parts_opens(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("start", [b"\x80", b"PK"])
+def test_safetensors_whose_first_bytes_look_like_another_format_open(start, tmp_path):
+    made = SOURCES["transformers 5.x", "ViT"](tmp_path, TINY)
+    file = made.path / "model.safetensors"
+    tensors, padding = load_file(file), 0
+    # The first bytes are the length of the header, which grows with its metadata.
+    while not file.read_bytes().startswith(start):
+        padding += 8
+        save_file(tensors, file, {"padding": padding * "."})
+    convert(made.path)
+
+
 def test_bfloat16_of_google_opens(tmp_path):
     peer = timm.create_model(**TINY.vit, num_classes=11, act_layer="gelu_tanh")
     made = google(tmp_path, peer, "bfloat16")
@@ -186,13 +198,13 @@ def test_images_are_prepared_as_timm_does(crop, interpolation, tmp_path):
     made = SOURCES["timm folder", "ViT"](tmp_path, TINY)
     config = json.loads((tmp_path / "config.json").read_text())
     given = {"crop_mode": crop[0], "crop_pct": crop[1], "interpolation": interpolation, "mean": [0.4] * 3}
-    config["pretrained_cfg"] |= given
+    config["pretrained_cfg"] |= given | {"input_size": [3, 32, 32]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     ours, processor = convert(made.path)
     rows, columns = torch.meshgrid(torch.linspace(0, 9, 80), torch.linspace(0, 12, 120), indexing="ij")
     waves = torch.stack([rows.sin() * columns.cos(), columns.sin(), (rows + columns).cos()], dim=2)
     image = Image.fromarray(((waves + 1) * 127).to(torch.uint8).numpy())
-    options = timm.data.resolve_data_config(config["pretrained_cfg"])
+    options = timm.data.resolve_data_config(pretrained_cfg=config["pretrained_cfg"])
     expected = timm.data.create_transform(**options)(image)
     found = processor(image, return_tensors="pt").pixel_values[0]
     assert (found - expected).abs().mean() < 0.01
@@ -607,7 +619,8 @@ def test_the_command_converts_there_and_back(tmp_path, capsys):
     assert max_difference(outputs_of(ours, images), expected) <= BOUND
     assert AutoImageProcessor.from_pretrained(tmp_path / "ours").crop_size["height"] == 32
     main([str(tmp_path / "ours"), str(tmp_path / "timm"), "--to", "timm"])
-    again = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    weights = tmp_path / "timm" / "model.safetensors"  # which older timm takes for a pickle in a folder
+    again = timm.create_model(f"local-dir:{weights.parent}", checkpoint_path=weights).eval()
     assert torch.equal(outputs_of(again, images), expected)
     assert again.pretrained_cfg["label_names"] == [f"class {index}" for index in range(11)]
     main([str(made.path), str(tmp_path / "transformers"), "--to", "transformers"])

@@ -125,14 +125,15 @@ def _open_parts(index: Path) -> "_Tensors":
 
 def _open_file(path: Path) -> "_Tensors":
     with path.open("rb") as file:
-        start = file.read(8)
+        start = file.read(9)
     if not start:
         raise ValueError(f"{str(path)!r} is empty")
-    is_zip = start.startswith(b"PK")
+    # A header of safetensors begins with its length, which may look like the first bytes of any other format.
+    is_safetensors, is_zip = start.endswith(b"{"), start.startswith(b"PK")
     try:
-        if is_zip and _is_npz(path):
+        if is_zip and not is_safetensors and _is_npz(path):
             return _Npz(path)
-        if is_zip or start.startswith(b"\x80"):
+        if not is_safetensors and (is_zip or start.startswith(b"\x80")):
             return _PyTorch(path)
         return _Safetensors(path)
     except (EOFError, OSError, RuntimeError, SafetensorError, ValueError, zipfile.BadZipFile) as error:
