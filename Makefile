@@ -49,7 +49,7 @@ format: $(VENV)/installed-dev  ## Fix style
 	$(BIN)/ruff format .
 
 bench: $(VENV)/installed-dev  ## Time models against transformers and timm
-	$(BIN)/python tests/benchmarks/speed.py
+	$(BIN)/python tests/benchmarks/speed.py --output speed.md
 
 fidelity: $(VENV)/installed-dev  ## Compare outputs with transformers and timm
 	$(BIN)/python tests/benchmarks/fidelity.py

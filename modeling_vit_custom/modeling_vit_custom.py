@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vit_custom import AUTO_MAP, StageConfig, ViTCustomConfig
+from .kernels import Linear, auto_attention_forward, dense, map_rows
 
 
 # ----------------------------------------------------------------------------------------------- grids and positions
@@ -89,20 +90,85 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
+class ContiguousGradient(torch.autograd.Function):
+    """Nothing; its gradient is laid out as tokens are, where that of patches would slow every block before it down."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tokens: Tensor) -> Tensor:
+        return tokens.view_as(tokens)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient.contiguous()
+
+
+class Rearrangement(torch.autograd.Function):
+    """Tokens in another order, with a gradient that is gathered as well, not added up: (B, N, D) -> (B, N, D)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tokens: Tensor, order: Tensor, places: Tensor) -> Tensor:
+        return tokens.index_select(1, order)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor):
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        order, places = ctx.saved_tensors
+        return Rearrangement.apply(gradient, places, order), None, None
+
+
+def rearrange(tokens: Tensor, order: Tensor, places: Tensor) -> Tensor:
+    """Take tokens in an order, each of whose tokens has its place: (B, N, D), (n,), (N,) -> (B, n, D)."""
+    if torch.compiler.is_exporting() or order.shape != places.shape:  # with padding
+        return tokens.index_select(1, order)
+    return Rearrangement.apply(tokens, order, places)
+
+
 # -------------------------------------------------------------------------------------------------------- embeddings
 
 
 class PatchEmbedding(nn.Module):
-    """Strided convolution, then an optional norm: (B, C, H, W) -> (B, N, D)."""
+    """One projection for each patch, then an optional norm: (B, C, H, W) -> (B, N, D)."""
 
     def __init__(self, config: ViTCustomConfig, stage: StageConfig):
         super().__init__()
         self.patch_size = stage.patch_size
-        self.projection = nn.Conv2d(stage.in_channels, stage.hidden_size, stage.patch_size, stride=stage.patch_size)
+        self.projection = PatchProjection(stage.in_channels, stage.hidden_size, stage.patch_size)
         self.norm = nn.LayerNorm(stage.hidden_size, eps=config.patch_norm_eps) if stage.patch_norm else nn.Identity()
 
     def forward(self, image: Tensor) -> Tensor:
         return self.norm(to_tokens(self.projection(pad_to_multiple(image, self.patch_size))))
+
+
+class PatchProjection(nn.Conv2d):
+    """A convolution whose stride is its kernel: (B, C, H, W) -> (B, D, h, w), sides of whole patches.
+
+    Computed as one product of matrices, with the values of a patch in the order that they have in memory.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, patch_size: int):
+        super().__init__(in_channels, out_channels, patch_size, stride=patch_size)
+
+    def forward(self, image: Tensor) -> Tensor:
+        side = self.kernel_size[0]
+        grid = count_patches(tuple(image.shape[-2:]), side)
+        # (B, C, H, W) -> (B, C, h, rows, w, columns)
+        patches = image.unflatten(3, (grid[1], side)).unflatten(2, (grid[0], side))
+        if image.stride(1) == 1:  # tokens seen as an image
+            patches, weight = patches.permute(0, 2, 4, 3, 5, 1), self.weight.permute(0, 2, 3, 1)
+        else:
+            patches, weight = patches.permute(0, 2, 4, 1, 3, 5), self.weight
+        return to_image(dense(patches.flatten(3).flatten(1, 2), weight.flatten(1), self.bias), grid)
 
 
 class PatchMerging(nn.Module):
@@ -116,7 +182,7 @@ class PatchMerging(nn.Module):
         self.patch_size = stage.patch_size
         merged_channels = stage.in_channels * stage.patch_size**2
         self.norm = nn.LayerNorm(merged_channels, eps=config.patch_norm_eps)
-        self.projection = nn.Linear(merged_channels, stage.hidden_size, bias=False)
+        self.projection = Linear(merged_channels, stage.hidden_size, bias=False)
 
     def forward(self, image: Tensor) -> Tensor:
         rows, columns = count_patches(tuple(image.shape[-2:]), self.patch_size)
@@ -222,6 +288,8 @@ class PatchDropout(nn.Module):
 
 # --------------------------------------------------------------------------------------------------------- attention
 
+AUTO_ATTENTION = "auto"  # the default attention implementation
+
 
 def eager_attention_forward(
     module: nn.Module,
@@ -243,7 +311,10 @@ def eager_attention_forward(
 
 
 class Attention(nn.Module):
-    """What all attentions share: heads, the library's attention interface and the output projection."""
+    """What all attentions share: heads, the library's attention interface and the output projection.
+
+    With `num_queries` only so many of the first tokens attend, and are returned.
+    """
 
     def __init__(self, config: ViTCustomConfig, stage: StageConfig):
         super().__init__()
@@ -255,7 +326,7 @@ class Attention(nn.Module):
         self.is_causal = False  # the library's sdpa function masks causally unless told so
         self.query_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps) if config.qk_norm else nn.Identity()
         self.key_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps) if config.qk_norm else nn.Identity()
-        self.projection = nn.Linear(stage.hidden_size, stage.hidden_size)
+        self.projection = Linear(stage.hidden_size, stage.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def attend(
@@ -265,7 +336,10 @@ class Attention(nn.Module):
         query, key = self.query_norm(query), self.key_norm(key)
         # No other implementation returns its weights, so they are computed eagerly when somebody wants to see them.
         implementation = "eager" if output_attentions else self.config._attn_implementation
-        attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        if implementation == AUTO_ATTENTION:
+            attention_function = auto_attention_forward
+        else:
+            attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         biases = {"attention_mask": bias}
         if bias is not None and implementation == "flex_attention":
             # The library's flex function applies the mask of the first head to all heads; a position bias has heads.
@@ -285,8 +359,8 @@ class Attention(nn.Module):
         )
         return attended, weights if output_attentions else None
 
-    def resize(self, window_size: int):
-        """Make another window the native one; global attention has none."""
+    def resize(self, stage: StageConfig):
+        """Make another image and window size the native ones; global attention has none."""
 
 
 class GlobalAttention(Attention):
@@ -294,14 +368,18 @@ class GlobalAttention(Attention):
 
     def __init__(self, config: ViTCustomConfig, stage: StageConfig):
         super().__init__(config, stage)
-        self.qkv = nn.Linear(stage.hidden_size, 3 * stage.hidden_size, bias=config.qkv_bias)
+        self.qkv = Linear(stage.hidden_size, 3 * stage.hidden_size, bias=config.qkv_bias)
 
     def forward(
-        self, hidden_states: Tensor, grid: tuple[int, int], output_attentions: bool = False
+        self,
+        hidden_states: Tensor,
+        grid: tuple[int, int],
+        output_attentions: bool = False,
+        num_queries: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         qkv = self.qkv(hidden_states).unflatten(2, (3, self.num_heads, self.head_dim))
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        attended, weights = self.attend(query, key, value, output_attentions=output_attentions)
+        attended, weights = self.attend(query[:, :, :num_queries], key, value, output_attentions=output_attentions)
         return self.dropout(self.projection(attended.flatten(2))), weights
 
 
@@ -315,18 +393,23 @@ class SpatialReductionAttention(Attention):
         super().__init__(config, stage)
         self.sr_ratio = stage.sr_ratio
         self.num_prefix_tokens = stage.num_prefix_tokens
-        self.query = nn.Linear(stage.hidden_size, stage.hidden_size, bias=config.qkv_bias)
-        self.key_value = nn.Linear(stage.hidden_size, 2 * stage.hidden_size, bias=config.qkv_bias)
-        self.reduction = nn.Conv2d(stage.hidden_size, stage.hidden_size, stage.sr_ratio, stride=stage.sr_ratio)
+        self.query = Linear(stage.hidden_size, stage.hidden_size, bias=config.qkv_bias)
+        self.key_value = Linear(stage.hidden_size, 2 * stage.hidden_size, bias=config.qkv_bias)
+        self.reduction = PatchProjection(stage.hidden_size, stage.hidden_size, stage.sr_ratio)
         self.reduction_norm = nn.LayerNorm(stage.hidden_size, eps=config.sr_norm_eps)
 
     def forward(
-        self, hidden_states: Tensor, grid: tuple[int, int], output_attentions: bool = False
+        self,
+        hidden_states: Tensor,
+        grid: tuple[int, int],
+        output_attentions: bool = False,
+        num_queries: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         prefix, patches = hidden_states[:, : self.num_prefix_tokens], hidden_states[:, self.num_prefix_tokens :]
         reduced = to_tokens(self.reduction(pad_to_multiple(to_image(patches, grid), self.sr_ratio)))
         context = torch.cat([prefix, self.reduction_norm(reduced)], dim=1)
-        query = self.query(hidden_states).unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
+        query = self.query(hidden_states[:, :num_queries])
+        query = query.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
         key_value = self.key_value(context).unflatten(2, (2, self.num_heads, self.head_dim))
         key, value = key_value.permute(2, 0, 3, 1, 4).unbind(0)
         attended, weights = self.attend(query, key, value, output_attentions=output_attentions)
@@ -341,97 +424,128 @@ def relative_position_index(window_size: int) -> Tensor:
     return (rows * (2 * window_size - 1) + columns).reshape(window_size**2, window_size**2)
 
 
-def window_mask(grid: tuple[int, int], window_size: int, shift: tuple[int, int], device: torch.device) -> Tensor:
-    """Additive mask (windows, M * M, M * M) that keeps wrapped-around and padded tokens from their window's others.
+class WindowLayout(nn.Module):
+    """How the tokens of a grid are laid out in (shifted) windows: known for the native grid, computed for others.
 
-    Padding attends to padding, so that no row is masked out as a whole.
+    A grid that the windows do not fill is padded; a side that a single window covers is not shifted.
     """
-    regions = []
-    for side, count, shift_of_side in zip(grid, count_patches(grid, window_size), shift):
-        padded = count * window_size
-        shifted = torch.arange(padded, device=device) + shift_of_side
-        wraps = shifted >= padded
-        is_padding = torch.where(wraps, shifted - padded, shifted) >= side
-        regions.append(torch.where(is_padding, -1, wraps.long()).unflatten(0, (count, window_size)))
-    vertical, horizontal = regions[0][:, None, :, None], regions[1][None, :, None, :]
-    region = torch.where((vertical < 0) | (horizontal < 0), -1, 2 * vertical + horizontal).flatten(2).flatten(0, 1)
-    return torch.where(region[:, :, None] == region[:, None, :], 0.0, -math.inf)
+
+    def __init__(self, grid: tuple[int, int], window_size: int, shifted: bool):
+        super().__init__()
+        self.grid_size, self.window_size = grid, window_size
+        self.step = window_size // 2 if shifted else 0
+        for name, tensor in zip(("order", "places", "mask"), self.compute(grid)):
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See `compute`."""
+        if same_size(grid, self.grid_size):
+            return self.order, self.places, self.mask
+        return self.compute(grid, self.order.device)
+
+    def compute(
+        self, grid: tuple[int, int], device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What leads tokens into windows and back, and what keeps them apart there.
+
+        Returns:
+            The token at each place of all windows, (windows * M * M,), where padding takes the first token;
+            the place of each token, (N,);
+            and an additive mask (windows, M * M, M * M), if one is needed, that keeps wrapped-around and padded tokens
+            from their window's others. Padding attends to padding, so that no row is masked out as a whole.
+        """
+        size, counts, shifts = self.window_size, count_patches(grid, self.window_size), self.shifts(grid)
+        tokens, regions, windows, offsets = [], [], [], []
+        for side, count, shift in zip(grid, counts, shifts):
+            padded = count * size
+            shifted = torch.arange(padded, device=device) + shift
+            wraps = (shifted >= padded).long()
+            token = shifted - wraps * padded
+            is_padding = token >= side
+            tokens.append(token.masked_fill(is_padding, 0).unflatten(0, (count, size)))
+            regions.append(wraps.masked_fill(is_padding, -1).unflatten(0, (count, size)))
+            place = torch.arange(side, device=device) - shift
+            place = place + (place < 0).long() * padded
+            windows.append(place // size)
+            offsets.append(place % size)
+        # Of rows and of columns: (rows, 1, M, 1) and (1, columns, 1, M).
+        order = (tokens[0][:, None, :, None] * grid[1] + tokens[1][None, :, None, :]).flatten()
+        window = windows[0][:, None] * counts[1] + windows[1]
+        places = ((window * size + offsets[0][:, None]) * size + offsets[1]).flatten()
+        if same_size((counts[0] * size, counts[1] * size), grid) and same_size(shifts, (0, 0)):
+            return order, places, None
+        vertical, horizontal = regions[0][:, None, :, None], regions[1][None, :, None, :]
+        region = (2 * vertical + horizontal).masked_fill((vertical < 0) | (horizontal < 0), -1)
+        region = region.flatten(2).flatten(0, 1)
+        is_apart = region[:, :, None] != region[:, None, :]
+        return order, places, torch.zeros_like(is_apart, dtype=torch.float32).masked_fill(is_apart, -math.inf)
+
+    def shifts(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """By how many patches the windows of a grid are shifted, down and to the right."""
+        size = self.window_size
+        # 0 where one window covers the side and 1 elsewhere; as arithmetic, it can be exported for all sizes.
+        return tuple(self.step * (1 - (size // side + size - 1) // size) for side in grid)
 
 
 class WindowAttention(Attention):
     """Attention inside (shifted) windows with a relative position bias: (B, N, D) -> (B, N, D).
 
-    Swin, https://arxiv.org/abs/2103.14030, section 3.2. A grid that the windows do not fill is padded and the padding
-    masked out; a side that a single window covers is not shifted.
+    Swin, https://arxiv.org/abs/2103.14030, section 3.2. Padding is masked out.
     Weights, if asked for, are (B * windows, A, M * M, M * M).
     """
 
     def __init__(self, config: ViTCustomConfig, stage: StageConfig, shifted: bool):
         super().__init__(config, stage)
         self.shifted = shifted
-        self.qkv = nn.Linear(stage.hidden_size, 3 * stage.hidden_size, bias=config.qkv_bias)
+        self.qkv = Linear(stage.hidden_size, 3 * stage.hidden_size, bias=config.qkv_bias)
         self.window_size = stage.window_size
         self.relative_position_bias_table = nn.Parameter(
             torch.empty((2 * stage.window_size - 1) ** 2, stage.num_attention_heads)
         )
         self.register_buffer("relative_position_index", relative_position_index(stage.window_size), persistent=False)
+        self.layout = WindowLayout(stage.grid_size, stage.window_size, shifted)
 
     def forward(
-        self, hidden_states: Tensor, grid: tuple[int, int], output_attentions: bool = False
+        self,
+        hidden_states: Tensor,
+        grid: tuple[int, int],
+        output_attentions: bool = False,
+        num_queries: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        size, (height, width), shift = self.window_size, grid, self.shift(grid)
-        rows, columns = count_patches(grid, size)
-        padded = rows * size, columns * size
-        is_padded, is_shifted = not same_size(padded, grid), not same_size(shift, (0, 0))
-
-        qkv = self.qkv(hidden_states).unflatten(1, grid)
-        if is_padded:
-            qkv = F.pad(qkv, (0, 0, 0, padded[1] - width, 0, padded[0] - height))
-        if is_shifted:
-            qkv = qkv.roll((-shift[0], -shift[1]), dims=(1, 2))
+        order, places, mask = self.layout(grid)
+        rows, columns = count_patches(grid, self.window_size)
+        area = self.window_size**2
         # Windows become heads of one long list, so that bias and mask are shared by all images without a copy.
-        # (B, rows, M, columns, M, 3, A, d) -> (3, B, rows * columns * A, M * M, d)
-        qkv = qkv.unflatten(2, (columns, size)).unflatten(1, (rows, size))
-        qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
-        query, key, value = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).flatten(2, 4).unbind(0)
+        # (B, windows * M * M, 3 * D) -> (3, B, windows * A, M * M, d)
+        qkv = self.qkv(rearrange(hidden_states, order, places))
+        qkv = qkv.unflatten(1, (rows * columns, area)).unflatten(3, (3, self.num_heads, self.head_dim))
+        query, key, value = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3).unbind(0)
 
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
-        bias = bias.expand(rows * columns, -1, -1, -1)
-        if is_padded or is_shifted:
-            bias = bias + window_mask(grid, size, shift, bias.device).unsqueeze(1)
+        bias = bias.expand(rows * columns, -1, -1, -1) if mask is None else bias + mask.unsqueeze(1)
         bias = bias.flatten(0, 1).unsqueeze(0).to(query.dtype)
 
         attended, weights = self.attend(query, key, value, bias, output_attentions)
-        # (B, M * M, rows * columns * A, d) -> (B, rows * M, columns * M, D)
-        attended = attended.unflatten(2, (rows, columns, self.num_heads)).unflatten(1, (size, size))
+        # (B, M * M, windows * A, d) -> (B, windows * M * M, D)
+        attended = attended.unflatten(2, (rows * columns, self.num_heads)).transpose(1, 2)
         # A copy is needed in any case; said explicitly, a graph for all sizes need not ask whether it is.
-        attended = attended.permute(0, 3, 1, 4, 2, 5, 6).clone(memory_format=torch.contiguous_format)
-        attended = attended.flatten(5).flatten(3, 4).flatten(1, 2)
-        if is_shifted:
-            attended = attended.roll(shift, dims=(1, 2))
-        if is_padded:
-            attended = F.pad(attended, (0, 0, 0, width - padded[1], 0, height - padded[0]))
-        attended = attended.flatten(1, 2)
+        attended = attended.clone(memory_format=torch.contiguous_format).flatten(3).flatten(1, 2)
+        attended = rearrange(self.projection(attended), places, order)
         if weights is not None:
             weights = weights.unflatten(1, (rows * columns, self.num_heads)).flatten(0, 1)
-        return self.dropout(self.projection(attended)), weights
-
-    def shift(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """By how many patches the windows of a grid are shifted, down and to the right."""
-        size, step = self.window_size, self.window_size // 2 if self.shifted else 0
-        # 0 where one window covers the side and 1 elsewhere; as arithmetic, it can be exported for all sizes.
-        return tuple(step * (1 - (size // side + size - 1) // size) for side in grid)
+        return self.dropout(attended)[:, :num_queries], weights
 
     @torch.no_grad()
-    def resize(self, window_size: int):
-        """Make another window the native one: the bias table is interpolated."""
-        if window_size == self.window_size:
-            return
-        old, new = 2 * self.window_size - 1, 2 * window_size - 1
-        table = interpolate_table(self.relative_position_bias_table[None], (old, old), (new, new))[0]
-        self.relative_position_bias_table = nn.Parameter(table.clone(memory_format=torch.contiguous_format))
-        self.relative_position_index = relative_position_index(window_size).to(table.device)
-        self.window_size = window_size
+    def resize(self, stage: StageConfig):
+        """Make another image and window size the native ones: the bias table is interpolated."""
+        device = self.relative_position_bias_table.device
+        if stage.window_size != self.window_size:
+            old, new = 2 * self.window_size - 1, 2 * stage.window_size - 1
+            table = interpolate_table(self.relative_position_bias_table[None], (old, old), (new, new))[0]
+            self.relative_position_bias_table = nn.Parameter(table.clone(memory_format=torch.contiguous_format))
+            self.relative_position_index = relative_position_index(stage.window_size).to(device)
+            self.window_size = stage.window_size
+        self.layout = WindowLayout(stage.grid_size, stage.window_size, self.shifted).to(device)
 
 
 # ------------------------------------------------------------------------------------------------- blocks and stages
@@ -442,12 +556,16 @@ class MLP(nn.Module):
 
     def __init__(self, config: ViTCustomConfig, stage: StageConfig):
         super().__init__()
-        self.fc1 = nn.Linear(stage.hidden_size, stage.intermediate_size)
+        self.intermediate_size = stage.intermediate_size
+        self.fc1 = Linear(stage.hidden_size, stage.intermediate_size)
         self.activation = nn.GELU(approximate="tanh" if config.hidden_act == "gelu_pytorch_tanh" else "none")
-        self.fc2 = nn.Linear(stage.intermediate_size, stage.hidden_size)
+        self.fc2 = Linear(stage.intermediate_size, stage.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        return map_rows(self.transform, hidden_states, self.intermediate_size)
+
+    def transform(self, hidden_states: Tensor) -> Tensor:
         return self.dropout(self.fc2(self.dropout(self.activation(self.fc1(hidden_states)))))
 
 
@@ -514,12 +632,17 @@ class EncoderBlock(GradientCheckpointingLayer):
         self.drop_path = DropPath(stage.drop_path_rates[index])
 
     def forward(
-        self, hidden_states: Tensor, grid: tuple[int, int], output_attentions: bool = False
+        self,
+        hidden_states: Tensor,
+        grid: tuple[int, int],
+        output_attentions: bool = False,
+        num_outputs: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
+        """With `num_outputs` the first tokens only, which attend to all: (B, T, D) -> (B, num_outputs, D)."""
         rows = self.drop_path.choose(hidden_states, keep_all=output_attentions)
         tokens = self.attention_norm(select_rows(hidden_states, rows))
-        attended, weights = self.attention(tokens, grid, output_attentions)
-        hidden_states = self.drop_path.add(hidden_states, self.attention_scale(attended), rows)
+        attended, weights = self.attention(tokens, grid, output_attentions, num_outputs)
+        hidden_states = self.drop_path.add(hidden_states[:, :num_outputs], self.attention_scale(attended), rows)
 
         rows = self.drop_path.choose(hidden_states)
         transformed = self.mlp(self.mlp_norm(select_rows(hidden_states, rows)))
@@ -573,12 +696,16 @@ class Stage(nn.Module):
         ids_keep: Tensor | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
+        num_outputs: int | None = None,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Tokens, and where asked for the embedding's and every block's output, and every block's weights."""
+        """Tokens, and where asked for the embedding's and every block's output, and every block's weights.
+
+        With `num_outputs` the last block gives only so many tokens.
+        """
         tokens = self.embed(image, grid, bool_masked_pos, ids_keep)
         hidden_states, attentions = [tokens] if output_hidden_states else [], []
-        for block in self.blocks:
-            tokens, weights = block(tokens, grid, output_attentions)
+        for index, block in enumerate(self.blocks, start=1):
+            tokens, weights = block(tokens, grid, output_attentions, num_outputs if index == len(self.blocks) else None)
             if output_hidden_states:
                 hidden_states.append(tokens)
             if output_attentions:
@@ -589,7 +716,7 @@ class Stage(nn.Module):
         """Make another image and window size the native ones."""
         self.position_embedding.resize(stage.grid_size)
         for block in self.blocks:
-            block.attention.resize(stage.window_size)
+            block.attention.resize(stage)
 
 
 class MeanPooling(nn.Module):
@@ -703,6 +830,12 @@ class ViTCustomPreTrainedModel(PreTrainedModel):
         for module, stage in zip(self.base_model.stages, stages):
             module.resize(stage)
 
+    def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
+        """As in the base class; `"auto"`, which is the default, takes what is fastest where the model runs."""
+        if requested_attention in (None, AUTO_ATTENTION):
+            return AUTO_ATTENTION
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
         windows = [stage.window_size for stage in self.config.stages if stage.window_size]
         if windows and "flash" in (attn_implementation or ""):
@@ -745,6 +878,11 @@ class ViTCustomPreTrainedModel(PreTrainedModel):
         elif isinstance(module, WindowAttention):
             init.trunc_normal_(module.relative_position_bias_table, std=std)
             init.copy_(module.relative_position_index, relative_position_index(module.window_size))
+        elif isinstance(module, WindowLayout):
+            layout = module.compute(module.grid_size, torch.device("cpu"))
+            for buffer, tensor in zip((module.order, module.places, module.mask), layout):
+                if buffer is not None:
+                    init.copy_(buffer, tensor)
 
 
 class ViTCustomModel(ViTCustomPreTrainedModel):
@@ -771,6 +909,7 @@ class ViTCustomModel(ViTCustomPreTrainedModel):
         ids_keep: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        prefix_only: bool = False,
     ) -> BaseModelOutputWithPooling:
         """(B, C, H, W) -> tokens (B, P + N, D) of the last stage after the final norm, and their pooling (B, D).
 
@@ -782,6 +921,8 @@ class ViTCustomModel(ViTCustomPreTrainedModel):
             ids_keep: Indices (B, n) of the patches that the encoder sees; for a single stage of global attention.
             output_attentions: Return each block's attention weights, whatever the attention implementation.
             output_hidden_states: Return the first stage's embedding and each block's output, all as tokens.
+            prefix_only: Return no patches, (B, P, D): the last block then leaves them out, wherever nothing else is
+                asked of it. For a head that reads the prefix alone, as every one does with `config.pooling="cls"`.
 
         Raises:
             ValueError: if the images or the mask do not fit the configuration.
@@ -800,6 +941,9 @@ class ViTCustomModel(ViTCustomPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
 
+        num_outputs = self.config.num_prefix_tokens if prefix_only else None
+        is_complete = output_attentions or output_hidden_states
+
         grids = self.feature_grids(tuple(pixel_values.shape[-2:]))
         image = pixel_values.to(self.stages[0].embedding.projection.weight.dtype)
         all_hidden_states, all_attentions = [], []
@@ -811,14 +955,15 @@ class ViTCustomModel(ViTCustomPreTrainedModel):
                 ids_keep=ids_keep,
                 output_attentions=output_attentions,
                 output_hidden_states=output_hidden_states,
+                num_outputs=None if is_complete or index < len(self.stages) - 1 else num_outputs,
             )
             # A later stage's embedding is no block's output.
             all_hidden_states += hidden_states[1:] if index else hidden_states
             all_attentions += attentions
             if index < len(self.stages) - 1:
-                image = to_image(tokens, grid)
+                image = to_image(ContiguousGradient.apply(tokens), grid)
 
-        last_hidden_state = self.norm(tokens)
+        last_hidden_state = self.norm(tokens[:, :num_outputs])
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
             pooler_output=self.pooling(last_hidden_state),
@@ -1079,6 +1224,7 @@ class ViTCustomForImageClassification(ViTCustomPreTrainedModel):
             pixel_values,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            prefix_only=self.config.pooling == "cls",
             return_dict=True,
         )
         logits, cls_logits, distillation_logits = self.head(outputs.pooler_output, outputs.last_hidden_state)

@@ -92,20 +92,22 @@ def test_reduced_keys_against_a_slow_reference(name, grid):
 
 @pytest.mark.parametrize(("head", "name"), HEADS_AND_ARCHITECTURES, ids=lambda value: getattr(value, "__name__", value))
 @pytest.mark.parametrize("size", [(32, 32), (24, 44)], ids=str)
-def test_eager_and_sdpa_agree(head, name, size):
+def test_implementations_agree(head, name, size):
     model, images = tiny_model(head, name, attn_implementation="eager"), random_images(2, *size)
     assert model.config._attn_implementation == "eager"
     expected = main_output(model, images)
-    other = tiny_model(head, name)
-    assert other.config._attn_implementation == "sdpa"
-    torch.testing.assert_close(main_output(other, images), expected, rtol=1e-4, atol=1e-5)
+    for implementation in (None, "auto", "sdpa"):
+        other = tiny_model(head, name, attn_implementation=implementation)
+        assert other.config._attn_implementation == (implementation or "auto")
+        torch.testing.assert_close(main_output(other, images), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_eager_and_sdpa_have_the_same_gradients(architecture):
+@pytest.mark.parametrize("implementation", ["auto", "sdpa"])
+def test_implementations_have_the_same_gradients(implementation, architecture):
     images, labels = random_images(2, 24, 40), torch.tensor([0, 3])
     models = [
-        tiny_model(ViTCustomForImageClassification, architecture, attn_implementation=implementation)
-        for implementation in ("eager", "sdpa")
+        tiny_model(ViTCustomForImageClassification, architecture, attn_implementation=each)
+        for each in ("eager", implementation)
     ]
     for model in models:
         model(images, labels=labels).loss.backward()
@@ -153,7 +155,7 @@ def test_flash_is_refused_for_windows(head, implementation, tmp_path):
             call()
         assert message in str(error.value)
         assert "\n" not in str(error.value)
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "auto"
 
 
 @pytest.mark.parametrize("name", ["vit", "deit", "pvt"])

@@ -11,7 +11,20 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from benchmarks import conversions, fidelity, graphs, kills, lift, load, prediction, ranks, speed, transformers_4
+from benchmarks import (
+    conversions,
+    costs,
+    fidelity,
+    graphs,
+    kills,
+    lift,
+    load,
+    loop,
+    prediction,
+    ranks,
+    speed,
+    transformers_4,
+)
 from benchmarks.foreign_files import SOURCES
 from torch import nn
 
@@ -21,18 +34,22 @@ from modeling_vit_custom.convert.graphs import OLDEST_TORCH
 FOLDER = Path(__file__).parent / "benchmarks"
 SCRIPTS = {
     "conversions": conversions,
+    "costs": costs,
     "fidelity": fidelity,
     "graphs": graphs,
     "lift": lift,
     "load": load,
+    "loop": loop,
     "prediction": prediction,
     "speed": speed,
     "transformers_4": transformers_4,
     "kills": kills,
     "ranks": ranks,
 }
-QUICK = ["--image_size", "32", "--batch_size", "1", "--repeats", "2", "--warmup", "1", "--compile", "no"]
-QUICK += ["--device", "cpu", "--no_progress"]
+QUICK = ["--repeats", "2", "--warmup", "1", "--device", "cpu", "--no_progress"]
+ONE_ROW = [*QUICK, "--models", "ViT-S", "--workloads", "inference:64:1", "--dtypes", "float32", "--compile", "no"]
+RATIO = r"\d+\.\d\d \[\d+\.\d\d, \d+\.\d\d\]"
+FIGURES = r"[\d.,]+ / [\d.,]+ / [\d.,]+"
 
 
 class Failing(nn.Module):
@@ -62,74 +79,193 @@ def test_fidelity_fails_above_the_bound(monkeypatch: pytest.MonkeyPatch):
     assert fidelity.main(["--models", "DeiT III-S", "--image_size", "32", "--batch_size", "1"]) == 1
 
 
-def test_speed_prints_ratios_and_writes_raw_times(tmp_path: Path, capsys: pytest.CaptureFixture):
-    output = tmp_path / "speed.md"
-    assert speed.main([*QUICK, "--models", "DeiT-S distilled", "PVT-T", "--output", str(output)]) == 0
-    text = output.read_text()
-    assert text.strip() == capsys.readouterr().out.strip()
-    assert "- CPU: " in text and "timm " in text and "--image_size 32" in text
-    rows = [line for line in text.splitlines() if re.match(r"\| (DeiT|PVT)", line)]
-    # Inference in two dtypes, training in three.
-    assert len(rows) == 10
-    for row in rows:
-        ratios = row.split(" | ")[4:6]
-        assert re.fullmatch(r"[\d.]+ \[[\d.]+, [\d.]+\]", ratios[0])
-        assert (ratios[1] == "-") == row.startswith("| PVT")
+@pytest.fixture(scope="module")
+def speed_table(tmp_path_factory) -> tuple[list[str], Path]:
+    """Arguments of a run without --output, and the table that they made."""
+    argv = [*QUICK, "--models", "DeiT-S distilled", "PVT-T", "--dtypes", "bfloat16", "autocast", "--compile", "no"]
+    argv += ["--workloads", "inference:64:1", "training:64:1"]
+    output = tmp_path_factory.mktemp("speed") / "speed.md"
+    assert speed.main([*argv, "--output", str(output)]) == 0
+    return argv, output
 
-    environment, *measurements = map(json.loads, output.with_suffix(".jsonl").read_text().splitlines())
-    assert environment["arguments"]["image_size"] == 32
-    assert len(measurements) == 5 * 3 + 5 * 2
-    for measurement in measurements:
-        assert measurement["error"] is None
-        assert len(measurement["times"]) == 2 and min(measurement["times"]) > 0
-        # The same weights in all three libraries.
-        assert measurement["max_difference"] <= 1e-4
+
+def test_speed_tabulates_ratios_and_costs(speed_table: tuple[list[str], Path]):
+    argv, output = speed_table
+    text = output.read_text()
+    assert "- CPU: " in text and "timm " in text and shlex.join(argv) in text
+    assert re.search(r"bfloat16 [\d.]+ TFLOP/s at the start, [\d.]+ at the end\n", text)
+    assert re.findall("^## .*", text, re.MULTILINE) == ["## Inference, eager", "## Training step, eager"]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| (DeiT|PVT)", line)]
+    # Two models; autocast is for training alone.
+    assert len(rows) == 2 + 4
+    for model, shape, _, transformers, timm, images, utilisation, peak, attention in rows:
+        assert shape == "64 x 1"
+        assert re.fullmatch(RATIO, transformers)
+        assert re.fullmatch(RATIO + (" `pvt_v2_b1`" if model == "PVT-T" else ""), timm)
+        assert re.fullmatch(FIGURES, images) and re.fullmatch(FIGURES, utilisation)
+        assert re.fullmatch(FIGURES, peak) or not Path("/proc/self/clear_refs").exists()
+        assert attention == ("auto / eager / sdpa" if model == "PVT-T" else "auto / sdpa / sdpa")
+    assert f"]({output.stem}.png)" in text and output.with_suffix(".png").stat().st_size > 0
+
+
+def test_speed_writes_every_time(speed_table: tuple[list[str], Path]):
+    records = [json.loads(line) for line in speed_table[1].with_suffix(".jsonl").read_text().splitlines()]
+    assert len(records) == 6
+    for record in records:
+        assert {"date", "load average at the start"} < record["environment"].keys()
+        assert min(record["matrix_rates"]) > 0
+        assert list(record["measurements"]) == ["ours", "transformers", "timm"]
+        for library, measurement in record["measurements"].items():
+            assert measurement["error"] is None
+            assert len(measurement["times"]) == 2 and min(measurement["times"]) > 0
+            # The same weights in all three libraries.
+            is_other = record["row"]["model"] == "PVT-T" and library == "timm"
+            assert measurement["max_difference"] is None if is_other else measurement["max_difference"] <= 1e-4
+    # A training step counts as three forward passes, whatever the dtype.
+    by_mode = {(record["row"]["model"], record["row"]["mode"]): record["measurements"]["ours"] for record in records}
+    for model in ("DeiT-S distilled", "PVT-T"):
+        assert by_mode[model, "training"]["flops"] == 3 * by_mode[model, "inference"]["flops"] > 0
+
+
+def test_speed_goes_on_where_it_ended(speed_table: tuple[list[str], Path], tmp_path: Path):
+    argv, before = speed_table
+    first = before.with_suffix(".jsonl").read_text().splitlines(keepends=True)[0]
+    output = tmp_path / "speed.md"
+    output.with_suffix(".jsonl").write_text(first)
+    argv = [*argv, "--models", "PVT-T", "--workloads", "inference:64:1", "--output", str(output)]
+    assert speed.main(argv) == 0
+    lines = output.with_suffix(".jsonl").read_text().splitlines(keepends=True)
+    assert lines[0] == first and len(lines) == 2
+    assert re.findall(r"^\| (DeiT-S|PVT-T)", output.read_text(), re.MULTILINE) == ["DeiT-S", "PVT-T"]
+    assert speed.main(argv) == 0
+    assert output.with_suffix(".jsonl").read_text() == "".join(lines)
+
+
+def test_speed_reports_without_measuring(speed_table: tuple[list[str], Path], tmp_path: Path, capsys):
+    _, before = speed_table
+    output = tmp_path / "speed.md"
+    # In another order, and over years.
+    first, *others = before.with_suffix(".jsonl").read_text().splitlines(keepends=True)
+    record = json.loads(first)
+    record["environment"] |= {"date": "2020-01-01 00:00 UTC", "load average at the start": 111.5}
+    lines = [*reversed(others), json.dumps(record) + "\n"]
+    output.with_suffix(".jsonl").write_text("".join(lines))
+    assert speed.main(["--report", "--output", str(output)]) == 0
+    text = output.read_text()
+    assert text == capsys.readouterr().out
+    assert text.split("## ")[1:] == before.read_text().split("## ")[1:]
+    assert "- date: 2020-01-01 00:00 UTC to 20" in text and " to 111.5\n" in text
+    assert output.with_suffix(".jsonl").read_text() == "".join(lines)
+
+
+def test_speed_refuses_a_file_of_something_else(speed_table: tuple[list[str], Path], tmp_path: Path, capsys):
+    argv, before = speed_table
+    file = tmp_path / "speed.jsonl"
+    record = json.loads(before.with_suffix(".jsonl").read_text().splitlines()[0])
+    record["environment"]["versions"] = "torch 1.0"
+    for text, complaint in {
+        json.dumps(record): "earlier figures are of versions torch 1.0, these would be of torch 2",
+        json.dumps(record) + '\n{"environment": {}}': f"{file}, line 2 is no row of this benchmark",
+        json.dumps(record | {"row": record["row"] | {"model": "ResNet-50"}}): f"{file}, line 1 is no row",
+        '{"row"': f"{file}, line 1 is no row",
+    }.items():
+        file.write_text(text + "\n")
+        with pytest.raises(SystemExit) as error:
+            speed.main([*argv, "--output", str(file.with_suffix(".md"))])
+        assert error.value.code == 2
+        assert complaint in capsys.readouterr().err
+        assert file.read_text() == text + "\n"
+    file.unlink()
+    with pytest.raises(SystemExit) as error:
+        speed.main(["--report", "--output", str(file.with_suffix(".md"))])
+    assert error.value.code == 2 and "there are no rows to report" in capsys.readouterr().err
 
 
 def test_speed_shows_why_a_peer_failed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.setitem(speed.ARCHITECTURES["ViT-S"], "timm", lambda image_size: Failing())
     monkeypatch.setattr(speed, "load_into_timm", lambda model, ours: model)
-    assert speed.main([*QUICK, "--models", "ViT-S", "--modes", "inference", "--dtypes", "float32"]) == 0
+    assert speed.main(ONE_ROW) == 0
     row = capsys.readouterr().out.splitlines()[-1]
-    assert "failed: RuntimeError: no such \\| operator in a second line" in row
-    assert re.search(r"no \| [\d.]+ \[[\d.]+, [\d.]+\] \| - \|", row)
+    assert re.search(rf"{RATIO} \| timm failed: RuntimeError: no such \\\| operator in a second line \|", row)
+    assert re.search(r"[\d.]+ / [\d.]+ / - \|", row)
 
 
 def test_speed_says_when_a_peer_is_another_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.setattr(speed, "load_into_timm", lambda model, ours: model)
-    assert speed.main([*QUICK, "--models", "ViT-S", "--modes", "inference", "--dtypes", "float32"]) == 0
-    assert "**not the same model**" in capsys.readouterr().out
+    assert speed.main(ONE_ROW) == 0
+    assert re.search(rf"{RATIO} \| {RATIO} \*\*not the same model\*\*", capsys.readouterr().out)
+
+
+def test_speed_says_when_peers_pad_differently():
+    # Grids of 72, 36, 18 and 9 patches; windows of 7.
+    ours, *peers = speed.build_contenders("Swin-T", 288)
+    assert [contender.error for contender in (ours, *peers)] == [None] * 3
+    assert ours.note == "" and {peer.note for peer in peers} == {"pads differently"}
+    assert all(0 < peer.max_difference < 1 for peer in peers)
+
+
+def test_speed_counts_the_products_of_a_model():
+    model = speed.ARCHITECTURES["ViT-32px"]["transformers"](32)
+    tokens, width = 64 + 1, 192
+    block = tokens * 12 * width**2 + 2 * tokens**2 * width
+    assert speed.count_flops(model, 32) == 2 * (64 * 3 * 4**2 * width + 6 * block + width * 10)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="main memory is asked of Linux")
+def test_speed_measures_what_a_step_takes():
+    peak = speed.measure_peak(lambda: torch.ones(16_000_000) + 1, "cpu")  # two of 64 MB at once
+    assert 120 < peak < 160
+    # Not what was taken before.
+    kept = torch.ones(16_000_000)
+    assert speed.measure_peak(lambda: kept.mean(), "cpu") < 32
+
+
+def test_speed_times_every_model_on_images_that_fit_it():
+    rows = speed.list_rows(speed.parse_arguments(["--device", "cpu"]))
+    assert len(rows) == len(set(rows)) == 134
+    assert all((row.model == "ViT-32px") == (row.image_size == 32) for row in rows)
+    assert {row.mode for row in rows if row.dtype == "autocast"} == {"training"}
+    doubled = ["--models", "ViT-S", "ViT-S", "--workloads", "inference:224:1", "inference:224:1", "--compile", "no"]
+    assert len(speed.list_rows(speed.parse_arguments(doubled))) == 2
 
 
 @pytest.mark.slow
 def test_speed_compiles(capsys: pytest.CaptureFixture):
-    argv = ["--models", "ViT-S", "--modes", "inference", "--dtypes", "float32"]
-    assert speed.main([*QUICK, *argv, "--compile", "yes"]) == 0
-    assert "failed" not in capsys.readouterr().out
+    argv = ["--models", "ViT-32px", "--workloads", "inference:32:1", "--dtypes", "float32", "--compile", "yes"]
+    assert speed.main([*QUICK, *argv]) == 0
+    text = capsys.readouterr().out
+    assert "failed" not in text and "## Inference, compiled" in text
+    assert re.search(r"medians over rows: ours [\d.]+ s, transformers [\d.]+ s, timm [\d.]+ s\.$", text)
 
 
 @pytest.mark.parametrize(
-    "argv",
+    ("argv", "complaint"),
     [
-        ["--models", "ResNet-50"],
-        ["--image_size", "100"],
-        ["--batch_size", "0"],
-        ["--modes", "inference", "--dtypes", "autocast"],
-        ["--output", "no/such/folder/speed.md"],
+        (["--models", "ResNet-50"], "ResNet-50"),
+        (["--workloads", "inference:100:1"], "'inference:100:1': the image size 100 must be a multiple of 32"),
+        (["--workloads", "inference:30:1"], "'inference:30:1': the image size 30 must be a multiple of 4"),
+        (["--workloads", "training:224:0"], "'training:224:0': 0 must be at least 1"),
+        (["--workloads", "training:x:1"], "'training:x:1': 'x' is no whole number"),
+        (["--workloads", "training:224"], "'training:224' must be MODE:IMAGE_SIZE:BATCH_SIZE"),
+        (["--workloads", "testing:224:1"], "'testing:224:1' must be MODE:IMAGE_SIZE:BATCH_SIZE, MODE of inference"),
+        (["--workloads", "inference:224:1", "--dtypes", "autocast"], "--dtypes autocast"),
+        (["--workloads", "inference:32:1", "--models", "ViT-S"], "images below 64 pixels are for ViT-32px"),
+        (["--output", "no/such/folder/speed.md"], "no/such/folder/speed.md"),
+        (["--report"], "--output"),
     ],
 )
-def test_speed_refuses_what_it_cannot_time(argv: list[str], capsys: pytest.CaptureFixture):
+def test_speed_refuses_what_it_cannot_time(argv: list[str], complaint: str, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit) as error:
         speed.main(argv)
     assert error.value.code == 2
-    assert argv[-1] in capsys.readouterr().err
+    assert complaint in capsys.readouterr().err
 
 
 def test_scripts_run_from_anywhere(tmp_path: Path):
     command = [sys.executable, str(FOLDER / "speed.py"), "--help"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert "Example:" in result.stdout
+    assert "Examples:" in result.stdout
 
 
 @pytest.mark.slow
@@ -150,11 +286,11 @@ def test_graphs_are_tabulated(tmp_path, monkeypatch):
     assert graphs.main(argv[:2]) == 1
 
 
-def test_commands_of_the_readme_parse():
+def test_commands_of_the_readme_parse(tmp_path: Path):
     commands = re.findall(r"^python tests/benchmarks/(\w+)\.py(.*)$", (FOLDER / "README.md").read_text(), re.MULTILINE)
     assert {script for script, _ in commands} == set(SCRIPTS)
     for script, arguments in commands:
-        SCRIPTS[script].parse_arguments(shlex.split(arguments))
+        SCRIPTS[script].parse_arguments(shlex.split(arguments.replace("path/to/photographs", str(tmp_path))))
 
 
 @pytest.fixture(scope="module")

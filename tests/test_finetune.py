@@ -66,6 +66,7 @@ FILES = {
     "confusion_matrix.png",
     "examples",
     "filters.png",
+    "kernels.py",
     "model.safetensors",
     "modeling_vit_custom.py",
     "positions.png",

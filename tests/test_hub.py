@@ -56,6 +56,7 @@ PUBLISHED = {
     "configuration_vit_custom.py",
     "confusion_matrix.png",
     "examples/1.png",
+    "kernels.py",
     "model.safetensors",
     "modeling_vit_custom.py",
     "preprocessor_config.json",

@@ -15,7 +15,7 @@ from transformers import ViTImageProcessor
 from modeling_vit_custom import ViTCustomForImageClassification
 
 
-CODE_FILES = {"configuration_vit_custom.py", "modeling_vit_custom.py"}
+CODE_FILES = {"configuration_vit_custom.py", "kernels.py", "modeling_vit_custom.py"}
 AUTO_CLASSES = {
     "ViTCustomModel": "AutoModel",
     "ViTCustomForImageClassification": "AutoModelForImageClassification",

@@ -23,7 +23,7 @@ SCRIPTS = {
     for path in (ROOT / package).glob("*.py")
     if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
 }
-HUB_FILES = ("configuration_vit_custom", "modeling_vit_custom")
+HUB_FILES = ("configuration_vit_custom", "kernels", "modeling_vit_custom")
 
 
 def imported_modules(tree: ast.AST, package: str) -> list[str]:

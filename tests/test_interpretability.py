@@ -97,7 +97,7 @@ def full_attention(model, images):
         places = np.array(queries) * block.stride + block.stride / 2
         heads = found.shape[1]
         if config.window_size:
-            size, shift = config.window_size, block.module.attention.shift(block.grid)
+            size, shift = config.window_size, block.module.attention.layout.shifts(block.grid)
             padded = [side + -side % size for side in block.grid]
             full = torch.zeros(len(images), heads, height * width, height * width)
             windows = found.unflatten(0, (len(images), -1))

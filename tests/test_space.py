@@ -198,7 +198,7 @@ def test_answer_is_the_softmax_of_the_model(client, checkpoint, tmp_path):
     best = sorted(expected, key=expected.get, reverse=True)[:3]
     assert answer["label"] == best[0]
     assert list(answered_probabilities(answer)) == best
-    assert answered_probabilities(answer) == pytest.approx({label: expected[label] for label in best}, abs=1e-6)
+    assert answered_probabilities(answer) == pytest.approx({label: expected[label] for label in best}, abs=1e-5)
 
 
 def test_image_is_turned_the_way_the_camera_was_held(client, checkpoint, tmp_path):
@@ -207,7 +207,7 @@ def test_image_is_turned_the_way_the_camera_was_held(client, checkpoint, tmp_pat
     picture().save(tmp_path / "picture.png", exif=exif)
     answer = answered_probabilities(client.predict(handle_file(tmp_path / "picture.png"), 5, api_name="/classify"))
     upright = picture().transpose(Image.Transpose.ROTATE_270)
-    assert answer == pytest.approx(expected_probabilities(checkpoint, upright), abs=1e-6)
+    assert answer == pytest.approx(expected_probabilities(checkpoint, upright), abs=1e-5)
     assert answer != pytest.approx(expected_probabilities(checkpoint, picture()), abs=1e-3)
 
 
@@ -221,7 +221,7 @@ def test_every_colour_mode_becomes_rgb(client, checkpoint, tmp_path, mode, suffi
     with Image.open(path) as image:
         expected = expected_probabilities(checkpoint, image.convert("RGB"))
     answer = client.predict(handle_file(path), 5, api_name="/classify")
-    assert answered_probabilities(answer) == pytest.approx(expected, abs=1e-6)
+    assert answered_probabilities(answer) == pytest.approx(expected, abs=1e-5)
 
 
 def test_independent_labels_have_independent_probabilities(checkpoint):
@@ -230,7 +230,7 @@ def test_independent_labels_have_independent_probabilities(checkpoint):
     with torch.no_grad():
         logits = classifier.model(**classifier.image_processor(images=picture(), return_tensors="pt")).logits[0]
     expected = dict(zip(LABELS, logits.sigmoid().tolist(), strict=True))
-    assert classifier.classify(picture(), 5) == pytest.approx(expected, abs=1e-6)
+    assert classifier.classify(picture(), 5) == pytest.approx(expected, abs=1e-5)
 
 
 def test_classes_that_share_a_label_stay_apart():
@@ -670,9 +670,8 @@ def test_a_model_of_a_run_that_was_not_made_is_one_line(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
-    # torch warns of how torchao registers itself, and torchao of a torch that it was not built for.
-    notices = re.compile(r"torch/utils/_pytree\.py|^Skipping import of cpp extensions")
-    assert [line for line in result.stderr.splitlines() if not notices.search(line)] == [
+    # torch warns of how torchao registers itself, where that is installed.
+    assert [line for line in result.stderr.splitlines() if "torch/utils/_pytree.py" not in line] == [
         "app.py: error: there is no model in 'runs/digits': run `make quickstart` first or pass --model"
     ]
     assert result.stdout == ""

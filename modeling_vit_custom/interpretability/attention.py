@@ -19,9 +19,7 @@ from ..modeling_vit_custom import (
     WindowAttention,
     check_images,
     count_patches,
-    pad_to_multiple,
     to_image,
-    window_mask,
 )
 
 
@@ -98,19 +96,16 @@ def to_pixels(model: ViTCustomPreTrainedModel, maps: Tensor, size: tuple[int, in
 
 def split_windows(image: Tensor, attention: WindowAttention) -> Tensor:
     """What each patch has, as each window has it: (B, A, h, w) -> (B * windows, A, M * M), padded with zeros."""
-    size, (down, right) = attention.window_size, attention.shift(tuple(image.shape[2:]))
-    image = pad_to_multiple(image, size).roll((-down, -right), dims=(2, 3))
-    windows = image.unflatten(3, (-1, size)).unflatten(2, (-1, size))
-    return windows.permute(0, 2, 4, 1, 3, 5).flatten(4).flatten(0, 2)
+    order, places, _ = attention.layout(tuple(image.shape[2:]))
+    windows = image.new_zeros(*image.shape[:2], len(order)).index_copy(2, places, image.flatten(2))
+    return windows.unflatten(2, (-1, attention.window_size**2)).transpose(1, 2).flatten(0, 1)
 
 
 def merge_windows(windows: Tensor, attention: WindowAttention, grid: tuple[int, int]) -> Tensor:
     """The inverse of `split_windows`: (B * windows, A, M * M) -> (B, A, h, w)."""
-    size = attention.window_size
-    rows, columns = count_patches(grid, size)
-    image = windows.unflatten(2, (size, size)).unflatten(0, (-1, rows, columns))
-    image = image.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3).roll(attention.shift(grid), dims=(2, 3))
-    return image[:, :, : grid[0], : grid[1]]
+    order, places, _ = attention.layout(grid)
+    windows = windows.unflatten(0, (-1, len(order) // windows.shape[2])).transpose(1, 2).flatten(2)
+    return windows[:, :, places].unflatten(2, grid)
 
 
 def list_blocks(encoder: ViTCustomModel, size: tuple[int, int]) -> list[Block]:
@@ -247,7 +242,9 @@ def _measure_window_distances(block: Block, weights: Tensor) -> tuple[Tensor, fl
     distances = torch.cdist(places, places) * block.stride
     means = torch.einsum("baqk,qk->baq", weights, distances)
     means = merge_windows(means, attention, grid)  # without padding
-    is_open = window_mask(grid, attention.window_size, attention.shift(grid), weights.device) == 0
+    order, _, mask = attention.layout(grid)
+    num_windows = len(order) // attention.window_size**2
+    is_open = torch.ones_like(distances).expand(num_windows, -1, -1) if mask is None else mask == 0
     even = (is_open * distances).sum(dim=-1) / is_open.sum(dim=-1)
     return means.mean(dim=(2, 3)).sum(dim=0), merge_windows(even[:, None], attention, grid).mean().item()
 

@@ -1,0 +1,103 @@
+"""Dense layers and attention, computed in the way that is fastest for the device and the dtype.
+
+Shapes: B images, A attention heads of d channels, N queries, K keys.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+def prefers_convolutions() -> bool:
+    """Whether this processor multiplies matrices in fp32 faster by oneDNN than by MKL, which is made for Intel's."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # which older PyTorch does not tell
+    is_x86 = capabilities.get("architecture") == "x86_64"
+    return is_x86 and not capabilities["cpu_name"].startswith("Intel") and torch.backends.mkldnn.is_available()
+
+
+PREFERS_CONVOLUTIONS = prefers_convolutions()
+
+
+# From this number of rows on, a convolution is faster in bfloat16.
+MANY_ROWS = 4096
+# What rows of an intermediate result may take, in bytes, so that they stay in the caches of a CPU.
+CACHED_BYTES = 2**23
+
+
+def dense(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`: (..., in_features), (out_features, in_features), (out_features,) -> (..., out_features).
+
+    PyTorch gives products in fp32 to MKL on every x86 processor, but convolutions to oneDNN, and a dense layer is a
+    convolution of single pixels.
+    """
+    if not is_convolution(input, weight):
+        return F.linear(input, weight, bias)
+    # (..., D) -> (1, D, 1, rows), a view with the channels last.
+    pixels = input.reshape(1, 1, -1, input.shape[-1]).permute(0, 3, 1, 2)
+    output = F.conv2d(pixels, weight[:, :, None, None], bias)
+    return output.permute(0, 2, 3, 1).reshape(*input.shape[:-1], weight.shape[0])
+
+
+def is_convolution(input: Tensor, weight: Tensor) -> bool:
+    """Whether a dense layer is to be computed as a convolution; weights of a kind of their own have products, too."""
+    if not PREFERS_CONVOLUTIONS or input.device.type != "cpu" or type(weight) not in (Tensor, nn.Parameter):
+        return False
+    if torch.compiler.is_exporting():
+        return False
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
+    if dtype == torch.bfloat16:  # products are oneDNN's as well, but add the bias on their own
+        return not torch.compiler.is_compiling() and input.numel() >= MANY_ROWS * input.shape[-1]
+    return dtype == input.dtype == weight.dtype == torch.float32
+
+
+class Linear(nn.Linear):
+    """A dense layer, as `dense` computes it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return dense(input, self.weight, self.bias)
+
+
+def map_rows(function: Callable[[Tensor], Tensor], input: Tensor, width: int) -> Tensor:
+    """Apply a function of single rows: (B, T, D) -> (B, T, D), on a CPU without gradients a few rows at a time.
+
+    Results between its layers, which are `width` wide, then stay in the caches.
+    """
+    num_rows = max(1, CACHED_BYTES // (width * input.element_size()))
+    is_split = input.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if not is_split or input.shape[0] * input.shape[1] <= num_rows:
+        return function(input)
+    rows = input.flatten(0, 1)
+    return torch.cat([function(part) for part in rows.split(num_rows)]).unflatten(0, input.shape[:2])
+
+
+def auto_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attention: (B, A, N, d), (B, A, K, d), (B, A, K, d) -> (B, N, A, d).
+
+    PyTorch's own, except on a CPU in half precision or with a bias: there it is several times slower than products of
+    matrices, forward and backward, and where the bias has a gradient it is not fused at all.
+    """
+    if query.device.type != "cpu" or (query.dtype == torch.float32 and attention_mask is None):
+        attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return attend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    batch_size, num_heads, num_queries, num_keys = *query.shape[:3], key.shape[2]
+    if attention_mask is None:
+        bias, share = query.new_zeros(1, 1, 1), 0
+    else:
+        bias, share = attention_mask.expand(batch_size, num_heads, num_queries, num_keys).flatten(0, 1), 1
+    query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
+    scores = torch.baddbmm(bias, query, key.transpose(1, 2), beta=share, alpha=scaling)
+    # In half precision as well, the sums of a softmax are in single precision.
+    weights = F.dropout(scores.softmax(dim=-1), p=dropout, training=module.training)
+    return torch.bmm(weights, value).unflatten(0, (batch_size, num_heads)).transpose(1, 2), None

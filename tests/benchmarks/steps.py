@@ -1,0 +1,66 @@
+"""Steps of several models in turn: what each takes of time and of memory."""
+
+import ctypes
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+# Rounds that are made even where the time for them is over.
+MIN_ROUNDS = 3
+
+
+def rotated(items: list, count: int) -> list:
+    """The items from another one on: in rounds of which each begins so, none always follows the same one."""
+    first = count % max(len(items), 1)
+    return items[first:] + items[:first]
+
+
+def time_step(step: Callable, device: str) -> float:
+    """Seconds that a step takes, on a GPU by its own clock and until it has ended."""
+    if device == "cpu":
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def measure_rise(step: Callable, device: str) -> int | None:
+    """Bytes by which the peak of memory in a step exceeds what there was before it.
+
+    None where the system does not tell: main memory is asked of Linux, where gaps between tensors count.
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        # What was freed but is still resident would be used again, unseen.
+        ctypes.CDLL(None).malloc_trim(0)
+        # From now on the peak is that of what is resident now (https://docs.kernel.org/filesystems/proc.html).
+        Path("/proc/self/clear_refs").write_text("5")
+        before = read_peak()
+    except (AttributeError, OSError):
+        return None
+    step()
+    return read_peak() - before
+
+
+def read_peak() -> int:
+    """Bytes of main memory that were resident at most, since this was last reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
+def describe_error(error: Exception) -> str:
+    """The kind of error and its message in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
