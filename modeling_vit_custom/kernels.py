@@ -85,19 +85,26 @@ def auto_attention_forward(
 ) -> tuple[Tensor, None]:
     """Attention: (B, A, N, d), (B, A, K, d), (B, A, K, d) -> (B, N, A, d).
 
-    PyTorch's own, except on a CPU in half precision or with a bias: there it is several times slower than products of
-    matrices, forward and backward, and where the bias has a gradient it is not fused at all.
+    PyTorch's own, except on a CPU in half precision or with a bias that may have a gradient: there it is several times
+    slower than products of matrices, forward and backward.
     """
-    if query.device.type != "cpu" or (query.dtype == torch.float32 and attention_mask is None):
+    has_bias, needs_gradient = attention_mask is not None, torch.is_grad_enabled()
+    if query.device.type != "cpu" or (query.dtype == torch.float32 and not (has_bias and needs_gradient)):
         attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return attend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    batch_size, num_heads, num_queries, num_keys = *query.shape[:3], key.shape[2]
-    if attention_mask is None:
-        bias, share = query.new_zeros(1, 1, 1), 0
-    else:
-        bias, share = attention_mask.expand(batch_size, num_heads, num_queries, num_keys).flatten(0, 1), 1
+    batch_size, num_heads, num_keys = *query.shape[:2], key.shape[2]
     query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
-    scores = torch.baddbmm(bias, query, key.transpose(1, 2), beta=share, alpha=scaling)
     # In half precision as well, the sums of a softmax are in single precision.
-    weights = F.dropout(scores.softmax(dim=-1), p=dropout, training=module.training)
+    if has_bias and not needs_gradient:
+        scores = torch.bmm(query, key.transpose(1, 2)).unflatten(0, (batch_size, num_heads))
+        scores = torch.add(attention_mask.float(), scores, alpha=scaling)  # for all images, without a copy
+        weights = scores.softmax(dim=-1).to(value.dtype).flatten(0, 1)
+    else:
+        if has_bias:
+            bias = attention_mask.expand(batch_size, num_heads, -1, num_keys).flatten(0, 1)
+        else:
+            bias = query.new_zeros(1, 1, 1)
+        scores = torch.baddbmm(bias, query, key.transpose(1, 2), beta=int(has_bias), alpha=scaling)
+        weights = scores.softmax(dim=-1)
+    weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.bmm(weights, value).unflatten(0, (batch_size, num_heads)).transpose(1, 2), None

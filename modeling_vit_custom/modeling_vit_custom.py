@@ -9,6 +9,7 @@ Read from the inside out: embeddings, attention, blocks, stages, the encoder, th
 import copy
 import math
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -286,6 +287,44 @@ class PatchDropout(nn.Module):
         return gather_tokens(patches, noise.argsort(dim=1)[:, :num_kept])
 
 
+class TokenMerging(nn.Module):
+    """Merge a number of patches into those most like them: (B, T, D), (B, T), (B, T, d) -> (B, T - r, D), (B, T - r).
+
+    Token merging, https://arxiv.org/abs/2210.09461, section 3. Every second patch looks among the others for the one
+    whose key points most nearly the same way; the pairs that agree best become their mean, weighted by how many patches
+    each one holds already. Prefix tokens stay.
+    """
+
+    def __init__(self, count: int, num_prefix_tokens: int):
+        super().__init__()
+        self.count = count
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def forward(self, hidden_states: Tensor, sizes: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and how many patches each holds, by the direction of their keys."""
+        prefix = self.num_prefix_tokens
+        count = min(self.count, (keys.shape[1] - prefix) // 2)
+        if count <= 0:
+            return hidden_states, sizes
+        keys = F.normalize(keys.detach()[:, prefix:], dim=-1)
+        similarity, target = (keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)).max(dim=-1)
+        order = similarity.argsort(dim=-1, descending=True)
+        merged, kept = order[:, :count], order[:, count:]
+        target = target.gather(1, merged)[..., None]
+
+        weights = sizes[..., None].to(hidden_states.dtype)
+        sources, targets = hidden_states[:, prefix::2], hidden_states[:, prefix + 1 :: 2]
+        source_weights, target_weights = weights[:, prefix::2], weights[:, prefix + 1 :: 2]
+        joining, joining_weights = gather_tokens(sources, merged), gather_tokens(source_weights, merged)
+        sums = (targets * target_weights).scatter_add(
+            1, target.expand(-1, -1, hidden_states.shape[-1]), joining * joining_weights
+        )
+        sums_of_weights = target_weights.scatter_add(1, target, joining_weights)
+        tokens = [hidden_states[:, :prefix], gather_tokens(sources, kept), sums / sums_of_weights]
+        counts = [weights[:, :prefix], gather_tokens(source_weights, kept), sums_of_weights]
+        return torch.cat(tokens, dim=1), torch.cat(counts, dim=1).squeeze(-1).to(sizes.dtype)
+
+
 # --------------------------------------------------------------------------------------------------------- attention
 
 AUTO_ATTENTION = "auto"  # the default attention implementation
@@ -377,10 +416,18 @@ class GlobalAttention(Attention):
         output_attentions: bool = False,
         num_queries: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
+        attended, weights, _ = self.attend_with_keys(hidden_states, None, output_attentions, num_queries)
+        return attended, weights
+
+    def attend_with_keys(
+        self, hidden_states: Tensor, key_bias: Tensor | None, output_attentions: bool, num_queries: int | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """As `forward`, with a bias (B, T) of the keys, and the keys (B, A, T, d) besides."""
         qkv = self.qkv(hidden_states).unflatten(2, (3, self.num_heads, self.head_dim))
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        attended, weights = self.attend(query[:, :, :num_queries], key, value, output_attentions=output_attentions)
-        return self.dropout(self.projection(attended.flatten(2))), weights
+        bias = None if key_bias is None else key_bias[:, None, None].to(query.dtype)
+        attended, weights = self.attend(query[:, :, :num_queries], key, value, bias, output_attentions)
+        return self.dropout(self.projection(attended.flatten(2))), weights, key
 
 
 class SpatialReductionAttention(Attention):
@@ -624,6 +671,7 @@ class EncoderBlock(GradientCheckpointingLayer):
         super().__init__()
         self.attention_norm = nn.LayerNorm(stage.hidden_size, eps=config.layer_norm_eps)
         self.attention = make_attention(config, stage, index)
+        self.merging = TokenMerging(config.token_merging, stage.num_prefix_tokens) if config.token_merging else None
         self.mlp_norm = nn.LayerNorm(stage.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config, stage)
         scales = config.layer_scale_init_value is not None
@@ -637,16 +685,38 @@ class EncoderBlock(GradientCheckpointingLayer):
         grid: tuple[int, int],
         output_attentions: bool = False,
         num_outputs: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """With `num_outputs` the first tokens only, which attend to all: (B, T, D) -> (B, num_outputs, D)."""
+        sizes: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
+        """With `num_outputs` the first tokens only, which attend to all: (B, T, D) -> (B, num_outputs, D).
+
+        Given how many patches each token holds, (B, T), patches are merged between the branches, unless there is
+        `num_outputs`, and how many each token holds then is returned besides: (B, T, D) -> (B, T - r, D), (B, T - r).
+        """
+        if sizes is not None:
+            return self.forward_merging(hidden_states, sizes, output_attentions, num_outputs)
         rows = self.drop_path.choose(hidden_states, keep_all=output_attentions)
         tokens = self.attention_norm(select_rows(hidden_states, rows))
         attended, weights = self.attention(tokens, grid, output_attentions, num_outputs)
         hidden_states = self.drop_path.add(hidden_states[:, :num_outputs], self.attention_scale(attended), rows)
+        return self.transform(hidden_states), weights
 
+    def forward_merging(
+        self, hidden_states: Tensor, sizes: Tensor, output_attentions: bool, num_outputs: int | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """A token counts in attention as often as it holds patches (https://arxiv.org/abs/2210.09461, equation 1)."""
+        tokens = self.attention_norm(hidden_states)
+        attended, weights, keys = self.attention.attend_with_keys(tokens, sizes.log(), output_attentions, num_outputs)
+        hidden_states = self.drop_path.add(hidden_states[:, :num_outputs], self.attention_scale(attended), None)
+        if num_outputs is None:
+            # Their sum points where their mean does, and a mean over few heads is slow.
+            hidden_states, sizes = self.merging(hidden_states, sizes, reduce(torch.add, keys.unbind(1)))
+        return self.transform(hidden_states), weights, sizes
+
+    def transform(self, hidden_states: Tensor) -> Tensor:
+        """The second branch."""
         rows = self.drop_path.choose(hidden_states)
         transformed = self.mlp(self.mlp_norm(select_rows(hidden_states, rows)))
-        return self.drop_path.add(hidden_states, self.mlp_scale(transformed), rows), weights
+        return self.drop_path.add(hidden_states, self.mlp_scale(transformed), rows)
 
 
 def make_attention(config: ViTCustomConfig, stage: StageConfig, index: int) -> Attention:
@@ -671,6 +741,7 @@ class Stage(nn.Module):
         self.patch_dropout = PatchDropout(config.patch_dropout) if config.patch_dropout > 0 else nn.Identity()
         self.prefix_tokens = PrefixTokens(config, stage) if stage.num_prefix_tokens else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.merges = config.token_merging > 0
         self.blocks = nn.ModuleList([EncoderBlock(config, stage, index) for index in range(stage.depth)])
 
     def embed(
@@ -697,20 +768,26 @@ class Stage(nn.Module):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         num_outputs: int | None = None,
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Tokens, and where asked for the embedding's and every block's output, and every block's weights.
+    ) -> tuple[Tensor, Tensor | None, list[Tensor], list[Tensor]]:
+        """Tokens, how many patches each holds where they are merged, and where asked for the embedding's and every
+        block's output, and every block's weights.
 
         With `num_outputs` the last block gives only so many tokens.
         """
         tokens = self.embed(image, grid, bool_masked_pos, ids_keep)
+        sizes = torch.ones(tokens.shape[:2], device=tokens.device) if self.merges else None
         hidden_states, attentions = [tokens] if output_hidden_states else [], []
         for index, block in enumerate(self.blocks, start=1):
-            tokens, weights = block(tokens, grid, output_attentions, num_outputs if index == len(self.blocks) else None)
+            wanted = num_outputs if index == len(self.blocks) else None
+            if self.merges:
+                tokens, weights, sizes = block(tokens, grid, output_attentions, wanted, sizes)
+            else:
+                tokens, weights = block(tokens, grid, output_attentions, wanted)
             if output_hidden_states:
                 hidden_states.append(tokens)
             if output_attentions:
                 attentions.append(weights)
-        return tokens, hidden_states, attentions
+        return tokens, sizes, hidden_states, attentions
 
     def resize(self, stage: StageConfig):
         """Make another image and window size the native ones."""
@@ -720,15 +797,22 @@ class Stage(nn.Module):
 
 
 class MeanPooling(nn.Module):
-    """Mean over the patches, without prefix tokens, then a norm: (B, P + N, D) -> (B, D)."""
+    """Mean over the patches, without prefix tokens, then a norm: (B, P + N, D) -> (B, D).
+
+    Where patches were merged, every token counts as often as it holds patches, (B, P + N).
+    """
 
     def __init__(self, norm: nn.Module, num_prefix_tokens: int):
         super().__init__()
         self.norm = norm
         self.num_prefix_tokens = num_prefix_tokens
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.norm(hidden_states[:, self.num_prefix_tokens :].mean(dim=1))
+    def forward(self, hidden_states: Tensor, sizes: Tensor | None = None) -> Tensor:
+        patches = hidden_states[:, self.num_prefix_tokens :]
+        if sizes is None:
+            return self.norm(patches.mean(dim=1))
+        shares = sizes[:, self.num_prefix_tokens :, None]
+        return self.norm((patches * (shares / shares.sum(dim=1, keepdim=True)).to(patches.dtype)).sum(dim=1))
 
 
 class ClassTokenPooling(nn.Module):
@@ -738,7 +822,7 @@ class ClassTokenPooling(nn.Module):
         super().__init__()
         self.norm = norm
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, sizes: Tensor | None = None) -> Tensor:
         return self.norm(hidden_states[:, 0])
 
 
@@ -843,6 +927,11 @@ class ViTCustomPreTrainedModel(PreTrainedModel):
                 f"attn_implementation={attn_implementation!r} cannot add the relative position bias of "
                 f"window_size={windows[0]}; use 'sdpa', 'flex_attention' or 'eager'"
             )
+        if self.config.token_merging and any(kind in (attn_implementation or "") for kind in ("flash", "flex")):
+            raise ValueError(
+                f"attn_implementation={attn_implementation!r} cannot weigh the tokens of "
+                f"token_merging={self.config.token_merging}; use 'sdpa' or 'eager'"
+            )
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     @torch.no_grad()
@@ -913,7 +1002,8 @@ class ViTCustomModel(ViTCustomPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """(B, C, H, W) -> tokens (B, P + N, D) of the last stage after the final norm, and their pooling (B, D).
 
-        With `config.norm_after_pooling` the tokens are those of the last block, and their pooling is normalised.
+        With `config.norm_after_pooling` the tokens are those of the last block, and their pooling is normalised. With
+        `config.token_merging` they are fewer.
 
         Args:
             pixel_values: Images (B, C, H, W) of any size.
@@ -948,7 +1038,7 @@ class ViTCustomModel(ViTCustomPreTrainedModel):
         image = pixel_values.to(self.stages[0].embedding.projection.weight.dtype)
         all_hidden_states, all_attentions = [], []
         for index, (stage, grid) in enumerate(zip(self.stages, grids)):
-            tokens, hidden_states, attentions = stage(
+            tokens, sizes, hidden_states, attentions = stage(
                 image,
                 grid,
                 bool_masked_pos=bool_masked_pos if index == 0 else None,
@@ -966,7 +1056,7 @@ class ViTCustomModel(ViTCustomPreTrainedModel):
         last_hidden_state = self.norm(tokens[:, :num_outputs])
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
-            pooler_output=self.pooling(last_hidden_state),
+            pooler_output=self.pooling(last_hidden_state, sizes),
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
         )
@@ -1254,6 +1344,20 @@ def check_tokens_are_normalised(config: ViTCustomConfig):
         )
 
 
+def check_patches_stay(
+    config: ViTCustomConfig, what: str, fields: tuple[str, ...] = ("patch_dropout", "token_merging")
+):
+    """Refuse an encoder that gives fewer patches than it was given.
+
+    Raises:
+        ValueError: naming the field and what needs the patches.
+    """
+    for name in fields:
+        value = getattr(config, name)
+        if value > 0:
+            raise ValueError(f"{what} needs all patches: set {name}={type(value)(0)}, not {value}")
+
+
 class Decoder(nn.Module):
     """Predict all patches' pixels from the visible ones: (B, P + n, D) -> (B, N, patch * patch * C).
 
@@ -1300,6 +1404,7 @@ class ViTCustomForPreTraining(ViTCustomPreTrainedModel):
                 "use ViTCustomForMaskedImageModeling, whose encoder sees all patches"
             )
         check_tokens_are_normalised(config)
+        check_patches_stay(config, "a reconstruction", ("token_merging",))
         for name in (
             "decoder_hidden_size",
             "decoder_num_hidden_layers",
@@ -1410,13 +1515,13 @@ class ViTCustomForMaskedImageModeling(ViTCustomPreTrainedModel):
     SimMIM, https://arxiv.org/abs/2111.09886: L1 over the masked pixels.
 
     Raises:
-        ValueError: if patches are dropped, nothing is masked, squares are not whole patches, or tokens have no norm.
+        ValueError: if patches are dropped or merged, nothing is masked, squares are not whole patches, or tokens have
+            no norm.
     """
 
     def __init__(self, config: ViTCustomConfig):
         patch_size = config.stages[0].patch_size
-        if config.patch_dropout > 0:
-            raise ValueError(f"a reconstruction needs all patches: set patch_dropout=0.0, not {config.patch_dropout}")
+        check_patches_stay(config, "a reconstruction")
         if config.mask_ratio == 0:
             raise ValueError("mask_ratio=0.0 hides nothing: choose a share above 0")
         if config.mask_patch_size % patch_size:
@@ -1493,12 +1598,12 @@ class ViTCustomBackbone(BackboneMixin, ViTCustomPreTrainedModel):
     not to patches. With `config.out_strides` maps are resized to these strides.
 
     Raises:
-        ValueError: if `config.out_strides` has another length than `config.out_features`, or patches are dropped.
+        ValueError: if `config.out_strides` has another length than `config.out_features`, or patches are dropped or
+            merged.
     """
 
     def __init__(self, config: ViTCustomConfig):
-        if config.patch_dropout > 0:
-            raise ValueError(f"a feature map needs all patches: set patch_dropout=0.0, not {config.patch_dropout}")
+        check_patches_stay(config, "a feature map")
         if config.out_strides is not None and len(config.out_strides) != len(config.out_features):
             raise ValueError(
                 f"out_strides={config.out_strides} must have one entry for each of out_features={config.out_features}"

@@ -20,6 +20,7 @@ from benchmarks import (
     lift,
     load,
     loop,
+    merging,
     prediction,
     ranks,
     speed,
@@ -27,7 +28,9 @@ from benchmarks import (
 )
 from benchmarks.foreign_files import SOURCES
 from torch import nn
+from transformers import ViTImageProcessor
 
+from modeling_vit_custom import ViTCustomForImageClassification, preset_config
 from modeling_vit_custom.convert.graphs import OLDEST_TORCH
 
 
@@ -40,6 +43,7 @@ SCRIPTS = {
     "lift": lift,
     "load": load,
     "loop": loop,
+    "merging": merging,
     "prediction": prediction,
     "speed": speed,
     "transformers_4": transformers_4,
@@ -284,6 +288,52 @@ def test_graphs_are_tabulated(tmp_path, monkeypatch):
     assert all(float(cell) <= graphs.BOUND for cell in row.split(" | ")[1:5])
     monkeypatch.setattr(graphs, "max_difference", lambda ours, theirs: float("nan"))
     assert graphs.main(argv[:2]) == 1
+
+
+@pytest.fixture
+def labelled(tmp_path) -> Path:
+    """A parquet file of 12 images of noise with classes of their own."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(12)})
+    noise = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
+    rows = datasets.Dataset.from_dict({"image": list(noise), "label": list(range(12))}, features=features)
+    rows.to_parquet(tmp_path / "noise.parquet")
+    return tmp_path / "noise.parquet"
+
+
+def test_merging_is_compared_on_the_same_images(labelled, tmp_path, capsys):
+    model = ViTCustomForImageClassification(preset_config("vit_nano_patch2_8", num_labels=12)).eval()
+    model.save_pretrained(tmp_path / "model")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "model")
+    argv = ["--model", str(tmp_path / "model"), "--data", str(labelled), "--batch_size", "5", "--device", "cpu"]
+    merging.main([*argv, "--counts", "4", "1", "--output", str(tmp_path / "merging.md")])
+    text = (tmp_path / "merging.md").read_text()
+    assert text in capsys.readouterr().out
+    assert "--data noise.parquet" in text and str(tmp_path) not in text
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| \d", line)]
+    assert [row[0] for row in rows] == ["0", "1", "4"]
+    assert rows[0][1:3] == ["1.00 [1.00, 1.00]", "1.00"] and rows[0][4] == "-"
+    assert 0.3 < float(rows[2][2]) < float(rows[1][2]) < 1
+    assert all(re.fullmatch(RATIO, row[1]) for row in rows)
+    processor = ViTImageProcessor.from_pretrained(tmp_path / "model")
+    images = datasets.load_dataset("parquet", data_files=str(labelled), split="train")["image"]
+    with torch.no_grad():
+        classes = model(processor(list(images), return_tensors="pt")["pixel_values"]).logits.argmax(dim=-1)
+    assert rows[0][3] == f"{(classes == torch.arange(12)).double().mean():.2%}"
+
+
+@pytest.mark.parametrize(
+    ("preset", "data", "message"),
+    [
+        ("vit_nano_patch2_8", "nothing.parquet", "nothing.parquet' is no file"),
+        ("swin_nano_patch1_window4_8", "noise.parquet", "token_merging=2 needs a single stage of global attention"),
+    ],
+)
+def test_merging_refuses_what_it_cannot_compare(preset, data, message, labelled, tmp_path, capsys):
+    ViTCustomForImageClassification(preset_config(preset)).save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit) as exit_:
+        merging.main(["--model", str(tmp_path / "model"), "--data", str(tmp_path / data), "--device", "cpu"])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_commands_of_the_readme_parse(tmp_path: Path):

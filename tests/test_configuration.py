@@ -89,6 +89,9 @@ def test_all_options_together(head, architecture):
         ("swin", {"sr_ratios": 2}, "window_size=4 and sr_ratio=2 exclude each other"),
         ("swin", {"patch_dropout": 0.5}, "patch_dropout=0.5 needs a single stage of global attention"),
         ("pvt", {"patch_dropout": 0.5}, "patch_dropout=0.5 needs a single stage of global attention"),
+        ("swin", {"token_merging": 8}, "token_merging=8 needs a single stage of global attention"),
+        ("pvt", {"token_merging": 8}, "token_merging=8 needs a single stage of global attention"),
+        ("vit", {"token_merging": -1}, "token_merging=-1 must be at least 0"),
         ("vit", {"use_class_token": False}, "pooling='cls' needs use_class_token=True"),
         (
             "vit",

@@ -57,7 +57,7 @@ def test_costs_are_tabulated_with_every_time_and_drawn(tmp_path: Path, capsys: p
     rows = read_rows(text)
     savings, points = [row for row in rows if row[0] not in (VIT, SWIN)], [row for row in rows if row[0] in (VIT, SWIN)]
     # Two models by image and batch size, one by depth and width, all of it in two modes.
-    assert len(savings) == 7 and len(points) == 2 * (4 + 2 + 2 + 4)
+    assert len(savings) == 10 + 5 and len(points) == 2 * (4 + 2 + 2 + 4)
     for row in savings:
         assert all(re.fullmatch(QUARTILES, row[column]) for column in (1, 5))
         assert float(row[3]) <= 1 and float(row[6]) > 0
@@ -86,6 +86,8 @@ def test_savings_leave_out_what_they_say():
     assert costs.count_flops(saving("drop path", mode="inference")) == costs.count_flops(plain)
     half = costs.count_flops(saving("patch dropout"))
     assert 0.45 < half / costs.count_flops(plain) < 0.55
+    merged = costs.count_flops(saving("token merging, 8"))
+    assert 0.3 < merged / costs.count_flops(plain) < 0.5
     assert saving("images of 6").shape == (5, 3, 6, 6)
     assert len(saving("masked autoencoder 0.75, decoder of one").build().decoder.blocks) == 1
     recomputing = [module for module in saving("gradient").build().modules() if isinstance(module, EncoderBlock)]
@@ -96,7 +98,9 @@ def test_only_plain_models_leave_patches_out():
     names = [case.name for case in costs.list_savings(SWIN, "float32", 2)]
     assert names == ["plain step", "drop path 0.4 in every block", "images of 4 pixels", "gradient checkpointing"]
     names = [case.name for case in costs.list_savings("vit_small_patch16_224", "float32", 2)]
-    assert "images of 160 pixels" in names and len(names) == 7
+    assert "images of 160 pixels" in names and len(names) == 10
+    names = [case.name for case in costs.list_inference_savings(SWIN, "float32", 2)]
+    assert names == ["plain inference", "images of 4 pixels"]
 
 
 def test_goals_are_judged_by_the_median_of_ratios():

@@ -40,6 +40,7 @@ from trainers.data import (
     with_transform,
 )
 from trainers.hub import RECIPE, RefusedError
+from trainers.memory import keep_freed_memory
 from trainers.models import read_processor
 from trainers.run_facts import Spent
 from trainers.vit_trainer import (
@@ -269,6 +270,8 @@ def train(trainer: ViTTrainer, command: TrainingCommand) -> TrainOutput:
     """
     args, program = trainer.args, command.program
     code_commit()  # what runs is what lies there now
+    if args.device.type == "cpu":
+        keep_freed_memory()
     trainer.add_callback(Spent())
     trainer.add_callback(StopOnTermination(trainer.contents, args.world_size))
     if args.should_save:

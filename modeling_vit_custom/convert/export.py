@@ -95,6 +95,8 @@ def timm_architecture(model: ViTCustomPreTrainedModel) -> tuple[str, dict]:
     stages, first = config.stages, config.stages[0]
     if not isinstance(model, (ViTCustomForImageClassification, ViTCustomModel)):
         raise ValueError(f"timm has no {type(model).__name__}: export its encoder or a classifier")
+    if config.token_merging:
+        raise ValueError(f"timm has no token_merging={config.token_merging}: the same weights work without, with 0")
     if any(stage.sr_ratio > 1 for stage in stages) or (len(stages) > 1 and not first.window_size):
         raise ValueError("timm has no PVT of the first version: export to transformers")
     shared = {
@@ -193,6 +195,7 @@ def transformers_config(model: ViTCustomPreTrainedModel) -> tuple[str, dict]:
         "norm_after_pooling": config.norm_after_pooling,
         "representation_size": config.representation_size is not None,
         "head_batch_norm": config.head_batch_norm,
+        "token_merging": config.token_merging > 0,
     }
     wrong = next((name for name, is_refused in refused.items() if is_refused), None)
     if wrong:
@@ -291,6 +294,7 @@ def to_npz(model: ViTCustomPreTrainedModel) -> dict[str, np.ndarray]:
         "image_size": config.native_size[0] != config.native_size[1],
         "qkv_bias": not config.qkv_bias,
         "position_embedding_type": config.stages[0].position_embedding_type == "none",
+        "token_merging": config.token_merging > 0,
     }
     wrong = next((name for name, is_refused in refused.items() if is_refused), None)
     if wrong:

@@ -71,11 +71,17 @@ def to_exported_program(model: ViTCustomPreTrainedModel) -> ExportedProgram:
     returns a tuple: the logits of a classifier; the tokens and their pooling; or a backbone's feature maps.
 
     Raises:
-        ValueError: for a model that masks patches, a backbone with `out_strides`, and an older torch.
+        ValueError: for a model that masks or merges patches, a backbone with `out_strides`, and an older torch.
     """
+    check_exportable(model)
+    if model.config.token_merging:
+        # How many of a few patches can be merged follows from the size of the images.
+        raise ValueError(
+            f"token_merging={model.config.token_merging} does not fit into a graph for all sizes: "
+            "open the model with token_merging=0"
+        )
     if torch.__version__ < OLDEST_TORCH:
         raise ValueError(f"a graph for all sizes needs torch {OLDEST_TORCH} or newer, this is {torch.__version__}")
-    check_exportable(model)
     graph, modes = _Graph(model), {module: module.training for module in model.modules()}
     config, implementation = model.config, model.config._attn_implementation
     stride = math.prod(stage.patch_size for stage in config.stages)

@@ -136,6 +136,12 @@ def place(model: ViTCustomPreTrainedModel, pixel_values: Tensor) -> Tensor:
     return pixel_values.to(weight.device, weight.dtype)
 
 
+def classify(model: ViTCustomForImageClassification, hidden: Tensor) -> Tensor:
+    """What the last block gives -> logits (B, L)."""
+    tokens = model.base_model.norm(hidden)
+    return model.head(model.base_model.pooling(tokens), tokens)[0]
+
+
 def iterate_attention(model: ViTCustomPreTrainedModel, pixel_values: Tensor) -> Iterator[tuple[Block, Tensor]]:
     """Each block in turn with its weights, see `Block.run`: those of one can go before the next ones come."""
     hidden, blocks = prepare_images(model.base_model, pixel_values)
@@ -153,16 +159,15 @@ def iterate_gradients(
 
     Only what goes into each block is kept, so that the weights of one block at a time are there.
     """
-    encoder, incoming = model.base_model, []
-    hidden, blocks = prepare_images(encoder, pixel_values)
+    incoming = []
+    hidden, blocks = prepare_images(model.base_model, pixel_values)
     with torch.no_grad():
         for block in blocks:
             incoming.append(hidden)
             hidden, _ = block.run(hidden)
     with torch.enable_grad():
         hidden = hidden.detach().requires_grad_()
-        tokens = encoder.norm(hidden)
-        logits, *_ = model.head(encoder.pooling(tokens), tokens)
+        logits = classify(model, hidden)
         chosen = logits.argmax(dim=-1) if classes is None else classes
         (gradient,) = torch.autograd.grad(logits.gather(1, chosen[:, None]).sum(), hidden)
     for block in reversed(blocks):

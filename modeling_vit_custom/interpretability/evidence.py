@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..modeling_vit_custom import ViTCustomForImageClassification, to_image
-from .attention import attention_rollout, gradient_attention, gradient_rollout, place, to_pixels
+from .attention import (
+    attention_rollout,
+    classify,
+    gradient_attention,
+    gradient_rollout,
+    place,
+    prepare_images,
+    to_pixels,
+)
 
 
 def leaves_map(model: ViTCustomForImageClassification) -> bool:
@@ -34,18 +42,21 @@ def grad_cam(
     config = model.config
     if not leaves_map(model):
         raise ValueError("a class token that one block reads into leaves no map: the last stage needs two blocks")
+    hidden, blocks = prepare_images(model.base_model, pixel_values)
+    last = blocks.pop() if config.pooling == "cls" else None
+    with torch.no_grad():
+        for block in blocks:
+            hidden, _ = block.run(hidden)
     with torch.enable_grad():
-        # Through the pixels, since an encoder may be frozen.
-        pixel_values = place(model, pixel_values).detach().requires_grad_()
-        outputs = model(pixel_values, output_hidden_states=True, return_dict=True)
-        tokens = outputs.hidden_states[-2 if config.pooling == "cls" else -1]
-        chosen = outputs.logits.argmax(dim=-1) if classes is None else classes
-        (gradients,) = torch.autograd.grad(outputs.logits.gather(1, chosen[:, None]).sum(), tokens)
+        tokens = hidden.detach().requires_grad_()
+        logits = classify(model, tokens if last is None else last.run(tokens)[0])
+        chosen = logits.argmax(dim=-1) if classes is None else classes
+        (gradients,) = torch.autograd.grad(logits.gather(1, chosen[:, None]).sum(), tokens)
     patches, gradients = (each.detach().float()[:, config.num_prefix_tokens :] for each in (tokens, gradients))
     weights = gradients.mean(dim=1, keepdim=True)
     grid = model.model.feature_grids(tuple(pixel_values.shape[-2:]))[-1]
     maps = to_image((patches * weights).sum(dim=-1, keepdim=True), grid)[:, 0].relu()
-    return maps / maps.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12), outputs.logits.detach()
+    return maps / maps.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12), logits.detach()
 
 
 def explain(

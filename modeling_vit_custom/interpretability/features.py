@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..modeling_vit_custom import ViTCustomForImageClassification, ViTCustomPreTrainedModel
-from .attention import place
+from .attention import place, prepare_images
 
 
 @torch.no_grad()
@@ -18,7 +18,10 @@ def feature_colors(model: ViTCustomPreTrainedModel, pixel_values: Tensor) -> Ten
     from the first to the last percent of its values.
     """
     encoder = model.base_model
-    features = encoder(place(model, pixel_values)).last_hidden_state.float()[:, encoder.config.num_prefix_tokens :]
+    hidden, blocks = prepare_images(encoder, pixel_values)
+    for block in blocks:
+        hidden, _ = block.run(hidden)
+    features = encoder.norm(hidden).float()[:, encoder.config.num_prefix_tokens :]
     flat = features.flatten(0, 1)
     flat = flat - flat.mean(dim=0)
     _, _, directions = torch.linalg.svd(flat, full_matrices=False)

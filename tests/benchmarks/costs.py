@@ -1,7 +1,7 @@
 """What a training step costs with less work in it, and how time grows with image size, depth, width and batch.
 
-Savings are ratios of time to the plain training step of the same encoder: forward, cross-entropy in fp32, backward,
-fused AdamW. Curves time inference (a forward pass without gradients) and training steps. All steps of a table take
+Savings are ratios of time to the plain step of the same encoder: of training (forward, cross-entropy in fp32, backward,
+fused AdamW), or inference (a forward pass without gradients). Curves time both. All steps of a table take
 turns in one process: every round makes each of them once, and another one begins each round, so that a machine that
 slows down slows all alike.
 
@@ -48,16 +48,22 @@ from modeling_vit_custom import (
     preset_config,
 )
 from modeling_vit_custom.command_line import positive
+from trainers.memory import keep_freed_memory
 
 
 MODELS = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224", "pvt_tiny_224")
 MODES = ("inference", "training")
+MODE_NAMES = {"inference": "inference", "training": "training step"}
 DTYPES = ("float32", "bfloat16", "autocast")
 CURVES = ("image_size", "depth", "width", "batch_size")
-PARTS = ("savings", *CURVES)
+SAVINGS = {"savings": "training", "inference_savings": "inference"}
+PARTS = (*SAVINGS, *CURVES)
 # On a device: images a step of savings and of curves, and the dtype that runs there use.
 DEFAULTS = {"cpu": (8, 2, "float32"), "cuda": (128, 32, "autocast")}
 SMALLER = 160 / 224  # side of a smaller image
+# Patches merged in each block, of https://arxiv.org/abs/2210.09461, table 4, that of ViT-S among them.
+MERGED = (8, 13, 16)
+FASTER = 1.5  # what merging that is to bring
 
 Step = Callable[[], Tensor]
 
@@ -123,6 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     environment = describe_environment("costs.py", argv, arguments.device)
     report, measured = [header(environment, arguments)], []
     print(report[0])
+    keep_freed_memory()  # or a step would pay for the pages that another one gave back
     for part in arguments.parts:
         for dtype in arguments.dtypes:
             cases = list_cases(part, dtype, arguments)
@@ -181,8 +188,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def list_cases(part: str, dtype: str, arguments: argparse.Namespace) -> list[Case]:
     """The rows of a table; of savings, the plain step first."""
-    if part == "savings":
-        return list_savings(arguments.models[0], dtype, arguments.batch_size)
+    if part in SAVINGS:
+        list_those = list_savings if part == "savings" else list_inference_savings
+        return list_those(arguments.models[0], dtype, arguments.batch_size)
     first, batch_size = arguments.models[0], arguments.curve_batch_size
     case = partial(Case, part, dtype=dtype)
     cases = {
@@ -209,10 +217,9 @@ def list_cases(part: str, dtype: str, arguments: argparse.Namespace) -> list[Cas
 
 
 def list_savings(model: str, dtype: str, batch_size: int) -> list[Case]:
-    """The plain step, and those with less work; only a plain ViT can leave patches out."""
+    """The plain training step, and those with less work; only a plain ViT can leave patches out."""
     case, config = partial(Case, "savings", model, dtype, batch_size), preset_config(model)
-    stride = math.prod(stage.patch_size for stage in config.stages)
-    smaller = stride * round(SMALLER * min(config.native_size) / stride)
+    smaller = shrink(model)
     drop_path = {"drop_path_rate": 0.4, "drop_path_schedule": "constant"}
     cases = [
         case(name="plain step"),
@@ -228,7 +235,30 @@ def list_savings(model: str, dtype: str, batch_size: int) -> list[Case]:
             case(name=f"masked autoencoder 0.75, {decoder}", fields=masked | fields, is_masked=True, goal=0.4)
             for decoder, fields in decoders.items()
         ]
+        cases[5:5] = list_merging(case)
     return cases
+
+
+def list_inference_savings(model: str, dtype: str, batch_size: int) -> list[Case]:
+    """Plain inference, and that with less work; only a plain ViT can merge patches."""
+    case, smaller = partial(Case, "inference_savings", model, dtype, batch_size, "inference"), shrink(model)
+    merging = list_merging(case) if preset_config(model).is_plain else []
+    return [case(name="plain inference"), *merging, case(name=f"images of {smaller} pixels", image_size=smaller)]
+
+
+def list_merging(case: Callable[..., Case]) -> list[Case]:
+    goals = dict.fromkeys(MERGED) | {13: 1 / FASTER}
+    return [
+        case(name=f"token merging, {count} a block", fields={"token_merging": count}, goal=goal)
+        for count, goal in goals.items()
+    ]
+
+
+def shrink(model: str) -> int:
+    """The side in pixels of smaller images, in whole patches."""
+    config = preset_config(model)
+    stride = math.prod(stage.patch_size for stage in config.stages)
+    return stride * round(SMALLER * min(config.native_size) / stride)
 
 
 def widened(model: str, width: int) -> dict:
@@ -337,12 +367,12 @@ def format_table(part: str, dtype: str, cases: Sequence[Case]) -> str:
         (
             f"Savings of {cases[0].model}",
             (
-                "training step", "**time / plain**", "goal", "FLOPs / plain", "memory / plain", "ms a step",
+                MODE_NAMES[cases[0].mode], "**time / plain**", "goal", "FLOPs / plain", "memory / plain", "ms a step",
                 "GFLOPs an image", "memory, MiB",
             ),
             [format_saving(case, cases[0]) for case in cases],
         )
-        if part == "savings"
+        if part in SAVINGS
         else (
             f"By {name_axis(part)}",
             (
@@ -364,7 +394,7 @@ def name_axis(part: str) -> str:
 
 def format_saving(case: Case, plain: Case) -> list[str]:
     ratios = [own / theirs for own, theirs in zip(case.times, plain.times)]
-    goal = "-" if case.goal is None else f"at most {case.goal}"
+    goal = "-" if case.goal is None else f"at most {case.goal:.2g}"
     if case.goal is not None and ratios:
         goal += ": met" if np.median(ratios) <= case.goal else ": missed"
     return [

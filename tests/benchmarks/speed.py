@@ -63,6 +63,7 @@ from benchmarks.peers import (
 from benchmarks.steps import MIN_ROUNDS, describe_error, measure_rise, rotated, time_step
 from model_cards.figures import GROUP_COLORS
 from modeling_vit_custom.command_line import positive, report_user_errors
+from trainers.memory import keep_freed_memory
 from trainers.pace import STEP_COST, measure_matrix_rate
 
 
@@ -279,6 +280,7 @@ def read_records(file: Path) -> list[Record]:
 
 def measure(records: list[Record], file: Path | None, arguments: argparse.Namespace, argv: list[str]) -> None:
     """Add the rows that are missing, to the file as well, one by one: a run is long and may be cut short."""
+    keep_freed_memory()  # or a library would pay for the pages that another one gave back
     known = {record.row for record in records}
     bar = tqdm([row for row in list_rows(arguments) if row not in known], unit="row", disable=arguments.no_progress)
     built, contenders = None, []
