@@ -97,7 +97,8 @@ class ViTCustomConfig(BackboneConfigMixin, PreTrainedConfig):
         patch_dropout (`float`, defaults to 0.0): Share of the patches to drop in training; prefix tokens stay
             (https://arxiv.org/abs/2212.00794).
         token_merging (`int`, defaults to 0): Patches that each block merges into those most like them, half of them at
-            most: faster, in training as well, at some cost in accuracy (https://arxiv.org/abs/2210.09461).
+            most: faster, in training as well, at some cost in accuracy (https://arxiv.org/abs/2210.09461). Drop path
+            then computes every image's attention.
         hidden_dropout_prob (`float`, defaults to 0.0): Dropout after positions and after every dense layer of a block.
         attention_probs_dropout_prob (`float`, defaults to 0.0): Dropout of attention weights.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the truncated normal initialisation.
@@ -209,7 +210,7 @@ class ViTCustomConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def is_plain(self) -> bool:
-        """Whether a single stage of global attention is all, so that patches can be dropped: no block needs a grid."""
+        """Whether a single stage of global attention is all: no block needs a grid, so patches can be left out."""
         return len(self.stages) == 1 and self.stages[0].window_size == 0 and self.stages[0].sr_ratio == 1
 
     @property

@@ -85,26 +85,42 @@ def auto_attention_forward(
 ) -> tuple[Tensor, None]:
     """Attention: (B, A, N, d), (B, A, K, d), (B, A, K, d) -> (B, N, A, d).
 
-    PyTorch's own, except on a CPU in half precision or with a bias that may have a gradient: there it is several times
-    slower than products of matrices, forward and backward.
+    PyTorch's own, except on a CPU in another precision than single, or with a bias while gradients are wanted: there it
+    is several times slower than products of matrices, forward and backward.
     """
-    has_bias, needs_gradient = attention_mask is not None, torch.is_grad_enabled()
-    if query.device.type != "cpu" or (query.dtype == torch.float32 and not (has_bias and needs_gradient)):
-        attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        return attend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    is_fused = query.dtype == torch.float32 and (attention_mask is None or not torch.is_grad_enabled())
+    is_fused |= query.device.type != "cpu"
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"] if is_fused else products_attention_forward
+    return attend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+
+
+def products_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attention by two products of matrices and a softmax: (B, A, N, d), (B, A, K, d), (B, A, K, d) -> (B, N, A, d)."""
     batch_size, num_heads, num_keys = *query.shape[:2], key.shape[2]
     query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
-    # In half precision as well, the sums of a softmax are in single precision.
-    if has_bias and not needs_gradient:
-        scores = torch.bmm(query, key.transpose(1, 2)).unflatten(0, (batch_size, num_heads))
-        scores = torch.add(attention_mask.float(), scores, alpha=scaling)  # for all images, without a copy
-        weights = scores.softmax(dim=-1).to(value.dtype).flatten(0, 1)
+    is_added_later = attention_mask is not None and not torch.is_grad_enabled()
+    if attention_mask is None or is_added_later:
+        bias, share = query.new_zeros(1, 1, 1), 0
     else:
-        if has_bias:
-            bias = attention_mask.expand(batch_size, num_heads, -1, num_keys).flatten(0, 1)
-        else:
-            bias = query.new_zeros(1, 1, 1)
-        scores = torch.baddbmm(bias, query, key.transpose(1, 2), beta=int(has_bias), alpha=scaling)
-        weights = scores.softmax(dim=-1)
+        bias, share = attention_mask.expand(batch_size, num_heads, -1, num_keys).flatten(0, 1), 1
+    scores = torch.baddbmm(bias, query, key.transpose(1, 2), beta=share, alpha=scaling)
+    if is_added_later:
+        # To all images at once, without a copy, and in single precision at least.
+        bias = attention_mask.to(torch.promote_types(scores.dtype, torch.float32))
+        scores = (scores.unflatten(0, (batch_size, num_heads)) + bias).flatten(0, 1)
+    weights = scores.softmax(dim=-1).to(value.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.bmm(weights, value).unflatten(0, (batch_size, num_heads)).transpose(1, 2), None
+
+
+# Beside those of the library, by name.
+ATTENTION_FUNCTIONS = {"auto": auto_attention_forward, "products": products_attention_forward}

@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vit_custom import AUTO_MAP, StageConfig, ViTCustomConfig
-from .kernels import Linear, auto_attention_forward, dense, map_rows
+from .kernels import ATTENTION_FUNCTIONS, Linear, dense, map_rows
 
 
 # ----------------------------------------------------------------------------------------------- grids and positions
@@ -91,6 +91,15 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
+def gather_patches(image: Tensor, ids: Tensor, patch_size: int) -> Tensor:
+    """An image of some patches side by side, for each image its own: (B, C, H, W), (B, n) -> (B, C, p, n * p)."""
+    rows, columns = count_patches(tuple(image.shape[-2:]), patch_size)
+    patches = image.unflatten(3, (columns, patch_size)).unflatten(2, (rows, patch_size)).permute(0, 2, 4, 1, 3, 5)
+    # (B, h, w, C, p, p) -> (B, n, C, p, p)
+    images = torch.arange(image.shape[0], device=image.device)[:, None]
+    return patches[images, ids // columns, ids % columns].permute(0, 2, 3, 1, 4).flatten(3)
+
+
 class ContiguousGradient(torch.autograd.Function):
     """Nothing; its gradient is laid out as tokens are, where that of patches would slow every block before it down."""
 
@@ -139,7 +148,10 @@ def rearrange(tokens: Tensor, order: Tensor, places: Tensor) -> Tensor:
 
 
 class PatchEmbedding(nn.Module):
-    """One projection for each patch, then an optional norm: (B, C, H, W) -> (B, N, D)."""
+    """One projection for each patch, then an optional norm: (B, C, H, W) -> (B, N, D).
+
+    With `ids_keep` (B, n) of these patches alone: (B, n, D).
+    """
 
     def __init__(self, config: ViTCustomConfig, stage: StageConfig):
         super().__init__()
@@ -147,8 +159,11 @@ class PatchEmbedding(nn.Module):
         self.projection = PatchProjection(stage.in_channels, stage.hidden_size, stage.patch_size)
         self.norm = nn.LayerNorm(stage.hidden_size, eps=config.patch_norm_eps) if stage.patch_norm else nn.Identity()
 
-    def forward(self, image: Tensor) -> Tensor:
-        return self.norm(to_tokens(self.projection(pad_to_multiple(image, self.patch_size))))
+    def forward(self, image: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        image = pad_to_multiple(image, self.patch_size)
+        if ids_keep is not None:
+            image = gather_patches(image, ids_keep, self.patch_size)
+        return self.norm(to_tokens(self.projection(image)))
 
 
 class PatchProjection(nn.Conv2d):
@@ -195,7 +210,10 @@ class PatchMerging(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """Add a position to every patch, interpolated where the grid is not the native one: (B, N, D) -> (B, N, D)."""
+    """Add a position to every patch, interpolated where the grid is not the native one: (B, N, D) -> (B, N, D).
+
+    With `ids_keep` (B, n) to these patches alone: (B, n, D) -> (B, n, D).
+    """
 
     def __init__(self, config: ViTCustomConfig, stage: StageConfig):
         super().__init__()
@@ -208,8 +226,11 @@ class PositionEmbedding(nn.Module):
         else:
             self.weight = nn.Parameter(weight)
 
-    def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        return patches + self.interpolate(grid)
+    def forward(self, patches: Tensor, grid: tuple[int, int], ids_keep: Tensor | None = None) -> Tensor:
+        positions = self.interpolate(grid)
+        if ids_keep is not None:
+            positions = gather_tokens(positions.expand(ids_keep.shape[0], -1, -1), ids_keep)
+        return patches + positions
 
     def interpolate(self, grid: tuple[int, int]) -> Tensor:
         """Positions of a grid: (1, N, D)."""
@@ -228,7 +249,7 @@ class PositionEmbedding(nn.Module):
 class NoPositionEmbedding(nn.Module):
     """Leave the patches as they are: (B, N, D) -> (B, N, D)."""
 
-    def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, patches: Tensor, grid: tuple[int, int], ids_keep: Tensor | None = None) -> Tensor:
         return patches
 
     def resize(self, grid: tuple[int, int]):
@@ -269,7 +290,7 @@ class PrefixTokens(nn.Module):
 
 
 class PatchDropout(nn.Module):
-    """Keep a random part of each image's patches while training: (B, N, D) -> (B, n, D).
+    """Choose a random part of each image's patches while training; the others are not computed.
 
     https://arxiv.org/abs/2212.00794, section 3.1. Prefix tokens join afterwards, so they always stay.
     """
@@ -278,13 +299,12 @@ class PatchDropout(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, patches: Tensor) -> Tensor:
+    def choose(self, batch_size: int, num_patches: int, device: torch.device) -> Tensor | None:
+        """Indices (B, n) of the patches to keep; none stands for all."""
         if not self.training or self.rate == 0:
-            return patches
-        batch_size, num_patches = patches.shape[:2]
+            return None
         num_kept = max(1, int(num_patches * (1 - self.rate)))
-        noise = torch.rand(batch_size, num_patches, device=patches.device)
-        return gather_tokens(patches, noise.argsort(dim=1)[:, :num_kept])
+        return torch.rand(batch_size, num_patches, device=device).argsort(dim=1)[:, :num_kept]
 
 
 class TokenMerging(nn.Module):
@@ -312,7 +332,7 @@ class TokenMerging(nn.Module):
         merged, kept = order[:, :count], order[:, count:]
         target = target.gather(1, merged)[..., None]
 
-        weights = sizes[..., None].to(hidden_states.dtype)
+        weights = sizes[..., None]  # in single precision, as are the sums
         sources, targets = hidden_states[:, prefix::2], hidden_states[:, prefix + 1 :: 2]
         source_weights, target_weights = weights[:, prefix::2], weights[:, prefix + 1 :: 2]
         joining, joining_weights = gather_tokens(sources, merged), gather_tokens(source_weights, merged)
@@ -320,14 +340,13 @@ class TokenMerging(nn.Module):
             1, target.expand(-1, -1, hidden_states.shape[-1]), joining * joining_weights
         )
         sums_of_weights = target_weights.scatter_add(1, target, joining_weights)
-        tokens = [hidden_states[:, :prefix], gather_tokens(sources, kept), sums / sums_of_weights]
+        means = (sums / sums_of_weights).to(hidden_states.dtype)
+        tokens = [hidden_states[:, :prefix], gather_tokens(sources, kept), means]
         counts = [weights[:, :prefix], gather_tokens(source_weights, kept), sums_of_weights]
-        return torch.cat(tokens, dim=1), torch.cat(counts, dim=1).squeeze(-1).to(sizes.dtype)
+        return torch.cat(tokens, dim=1), torch.cat(counts, dim=1).squeeze(-1)
 
 
 # --------------------------------------------------------------------------------------------------------- attention
-
-AUTO_ATTENTION = "auto"  # the default attention implementation
 
 
 def eager_attention_forward(
@@ -372,12 +391,10 @@ class Attention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, output_attentions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """(B, A, N, d), (B, A, K, d), (B, A, K, d) -> (B, N, A, d), and the weights (B, A, N, K) if asked for."""
-        query, key = self.query_norm(query), self.key_norm(key)
         # No other implementation returns its weights, so they are computed eagerly when somebody wants to see them.
         implementation = "eager" if output_attentions else self.config._attn_implementation
-        if implementation == AUTO_ATTENTION:
-            attention_function = auto_attention_forward
-        else:
+        attention_function = ATTENTION_FUNCTIONS.get(implementation)
+        if attention_function is None:
             attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         biases = {"attention_mask": bias}
         if bias is not None and implementation == "flex_attention":
@@ -425,6 +442,7 @@ class GlobalAttention(Attention):
         """As `forward`, with a bias (B, T) of the keys, and the keys (B, A, T, d) besides."""
         qkv = self.qkv(hidden_states).unflatten(2, (3, self.num_heads, self.head_dim))
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        query, key = self.query_norm(query), self.key_norm(key)
         bias = None if key_bias is None else key_bias[:, None, None].to(query.dtype)
         attended, weights = self.attend(query[:, :, :num_queries], key, value, bias, output_attentions)
         return self.dropout(self.projection(attended.flatten(2))), weights, key
@@ -459,6 +477,7 @@ class SpatialReductionAttention(Attention):
         query = query.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
         key_value = self.key_value(context).unflatten(2, (2, self.num_heads, self.head_dim))
         key, value = key_value.permute(2, 0, 3, 1, 4).unbind(0)
+        query, key = self.query_norm(query), self.key_norm(key)
         attended, weights = self.attend(query, key, value, output_attentions=output_attentions)
         return self.dropout(self.projection(attended.flatten(2))), weights
 
@@ -567,6 +586,7 @@ class WindowAttention(Attention):
         qkv = self.qkv(rearrange(hidden_states, order, places))
         qkv = qkv.unflatten(1, (rows * columns, area)).unflatten(3, (3, self.num_heads, self.head_dim))
         query, key, value = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3).unbind(0)
+        query, key = self.query_norm(query), self.key_norm(key)
 
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
         bias = bias.expand(rows * columns, -1, -1, -1) if mask is None else bias + mask.unsqueeze(1)
@@ -664,6 +684,11 @@ def select_rows(hidden_states: Tensor, rows: Tensor | None) -> Tensor:
     return hidden_states if rows is None else hidden_states[rows]
 
 
+def first_tokens(hidden_states: Tensor, count: int | None) -> Tensor:
+    """(B, T, D) -> (B, count, D), or all; contiguous, because inductor's products in int8 add it as if it were."""
+    return hidden_states[:, :count].contiguous()
+
+
 class EncoderBlock(GradientCheckpointingLayer):
     """Pre-norm attention and MLP, each on a residual branch: (B, T, D) -> (B, T, D), and the attention weights."""
 
@@ -697,16 +722,21 @@ class EncoderBlock(GradientCheckpointingLayer):
         rows = self.drop_path.choose(hidden_states, keep_all=output_attentions)
         tokens = self.attention_norm(select_rows(hidden_states, rows))
         attended, weights = self.attention(tokens, grid, output_attentions, num_outputs)
-        hidden_states = self.drop_path.add(hidden_states[:, :num_outputs], self.attention_scale(attended), rows)
+        hidden_states = first_tokens(hidden_states, num_outputs)
+        hidden_states = self.drop_path.add(hidden_states, self.attention_scale(attended), rows)
         return self.transform(hidden_states), weights
 
     def forward_merging(
         self, hidden_states: Tensor, sizes: Tensor, output_attentions: bool, num_outputs: int | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """A token counts in attention as often as it holds patches (https://arxiv.org/abs/2210.09461, equation 1)."""
+        """A token counts in attention as often as it holds patches (https://arxiv.org/abs/2210.09461, equation 1).
+
+        Drop path computes every image's attention, whose keys are needed.
+        """
         tokens = self.attention_norm(hidden_states)
         attended, weights, keys = self.attention.attend_with_keys(tokens, sizes.log(), output_attentions, num_outputs)
-        hidden_states = self.drop_path.add(hidden_states[:, :num_outputs], self.attention_scale(attended), None)
+        hidden_states = first_tokens(hidden_states, num_outputs)
+        hidden_states = self.drop_path.add(hidden_states, self.attention_scale(attended), None)
         if num_outputs is None:
             # Their sum points where their mean does, and a mean over few heads is slow.
             hidden_states, sizes = self.merging(hidden_states, sizes, reduce(torch.add, keys.unbind(1)))
@@ -738,7 +768,7 @@ class Stage(nn.Module):
         self.mask_token = MaskToken(stage.hidden_size) if use_mask_token else None
         has_positions = stage.position_embedding_type != "none"
         self.position_embedding = PositionEmbedding(config, stage) if has_positions else NoPositionEmbedding()
-        self.patch_dropout = PatchDropout(config.patch_dropout) if config.patch_dropout > 0 else nn.Identity()
+        self.patch_dropout = PatchDropout(config.patch_dropout) if config.patch_dropout > 0 else None
         self.prefix_tokens = PrefixTokens(config, stage) if stage.num_prefix_tokens else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.merges = config.token_merging > 0
@@ -752,11 +782,13 @@ class Stage(nn.Module):
         ids_keep: Tensor | None = None,
     ) -> Tensor:
         """Patches with their positions, masked or dropped where asked, behind the prefix: -> (B, P + n, D)."""
-        patches = self.embedding(image)
+        if ids_keep is None and self.patch_dropout is not None:
+            ids_keep = self.patch_dropout.choose(image.shape[0], grid[0] * grid[1], image.device)
+        patches = self.embedding(image) if ids_keep is None else self.embedding(image, ids_keep)
         if bool_masked_pos is not None:
-            patches = self.mask_token(patches, bool_masked_pos)
-        patches = self.position_embedding(patches, grid)
-        patches = self.patch_dropout(patches) if ids_keep is None else gather_tokens(patches, ids_keep)
+            is_masked = bool_masked_pos if ids_keep is None else bool_masked_pos.gather(1, ids_keep)
+            patches = self.mask_token(patches, is_masked)
+        patches = self.position_embedding(patches, grid, ids_keep)
         return self.dropout(self.prefix_tokens(patches))
 
     def forward(
@@ -775,7 +807,7 @@ class Stage(nn.Module):
         With `num_outputs` the last block gives only so many tokens.
         """
         tokens = self.embed(image, grid, bool_masked_pos, ids_keep)
-        sizes = torch.ones(tokens.shape[:2], device=tokens.device) if self.merges else None
+        sizes = torch.ones(tokens.shape[:2], dtype=torch.float32, device=tokens.device) if self.merges else None
         hidden_states, attentions = [tokens] if output_hidden_states else [], []
         for index, block in enumerate(self.blocks, start=1):
             wanted = num_outputs if index == len(self.blocks) else None
@@ -812,7 +844,8 @@ class MeanPooling(nn.Module):
         if sizes is None:
             return self.norm(patches.mean(dim=1))
         shares = sizes[:, self.num_prefix_tokens :, None]
-        return self.norm((patches * (shares / shares.sum(dim=1, keepdim=True)).to(patches.dtype)).sum(dim=1))
+        means = (patches * shares).sum(dim=1) / shares.sum(dim=1)  # in single precision
+        return self.norm(means.to(patches.dtype))
 
 
 class ClassTokenPooling(nn.Module):
@@ -916,8 +949,10 @@ class ViTCustomPreTrainedModel(PreTrainedModel):
 
     def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
         """As in the base class; `"auto"`, which is the default, takes what is fastest where the model runs."""
-        if requested_attention in (None, AUTO_ATTENTION):
-            return AUTO_ATTENTION
+        if requested_attention is None:
+            return "auto"
+        if requested_attention in ATTENTION_FUNCTIONS:
+            return requested_attention
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
@@ -925,12 +960,12 @@ class ViTCustomPreTrainedModel(PreTrainedModel):
         if windows and "flash" in (attn_implementation or ""):
             raise ValueError(
                 f"attn_implementation={attn_implementation!r} cannot add the relative position bias of "
-                f"window_size={windows[0]}; use 'sdpa', 'flex_attention' or 'eager'"
+                f"window_size={windows[0]}; use 'auto', 'products', 'sdpa', 'flex_attention' or 'eager'"
             )
         if self.config.token_merging and any(kind in (attn_implementation or "") for kind in ("flash", "flex")):
             raise ValueError(
                 f"attn_implementation={attn_implementation!r} cannot weigh the tokens of "
-                f"token_merging={self.config.token_merging}; use 'sdpa' or 'eager'"
+                f"token_merging={self.config.token_merging}; use 'auto', 'products', 'sdpa' or 'eager'"
             )
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
@@ -1344,18 +1379,16 @@ def check_tokens_are_normalised(config: ViTCustomConfig):
         )
 
 
-def check_patches_stay(
-    config: ViTCustomConfig, what: str, fields: tuple[str, ...] = ("patch_dropout", "token_merging")
-):
+def check_patches_stay(config: ViTCustomConfig, what: str, may_drop: bool = False):
     """Refuse an encoder that gives fewer patches than it was given.
 
     Raises:
         ValueError: naming the field and what needs the patches.
     """
-    for name in fields:
-        value = getattr(config, name)
-        if value > 0:
-            raise ValueError(f"{what} needs all patches: set {name}={type(value)(0)}, not {value}")
+    if config.patch_dropout > 0 and not may_drop:
+        raise ValueError(f"{what} needs all patches: set patch_dropout=0.0, not {config.patch_dropout}")
+    if config.token_merging > 0:
+        raise ValueError(f"{what} needs all patches: set token_merging=0, not {config.token_merging}")
 
 
 class Decoder(nn.Module):
@@ -1404,7 +1437,7 @@ class ViTCustomForPreTraining(ViTCustomPreTrainedModel):
                 "use ViTCustomForMaskedImageModeling, whose encoder sees all patches"
             )
         check_tokens_are_normalised(config)
-        check_patches_stay(config, "a reconstruction", ("token_merging",))
+        check_patches_stay(config, "a reconstruction", may_drop=True)
         for name in (
             "decoder_hidden_size",
             "decoder_num_hidden_layers",

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from benchmarks import (
+    best,
     conversions,
     costs,
     fidelity,
@@ -36,6 +37,7 @@ from modeling_vit_custom.convert.graphs import OLDEST_TORCH
 
 FOLDER = Path(__file__).parent / "benchmarks"
 SCRIPTS = {
+    "best": best,
     "conversions": conversions,
     "costs": costs,
     "fidelity": fidelity,
@@ -288,6 +290,42 @@ def test_graphs_are_tabulated(tmp_path, monkeypatch):
     assert all(float(cell) <= graphs.BOUND for cell in row.split(" | ")[1:5])
     monkeypatch.setattr(graphs, "max_difference", lambda ours, theirs: float("nan"))
     assert graphs.main(argv[:2]) == 1
+
+
+@pytest.mark.slow
+def test_best_compares_all_ways(tmp_path, capsys):
+    argv = ["--models", "PVT-T", "--image_size", "64", "--batch_size", "2", "--seconds", "0.1"]
+    best.main([*argv, "--output", str(tmp_path / "best.md")])
+    text = (tmp_path / "best.md").read_text()
+    assert text.strip() in capsys.readouterr().out
+    assert str(tmp_path) not in text
+    rows = dict(re.findall(r"\| (\w+, [\w, ]+) \| [\d.]+ \| (.*) \|", text))
+    assert len(re.findall(RATIO, text)) == len(rows) + 2
+    # transformers' PVT has one attention, timm no PVT of this version.
+    attentions = {"ours": ("auto", "eager"), "transformers": ("eager",)}
+    ways = {
+        f"{library}, {kind}, {each}" for library, names in attentions.items() for kind in best.KINDS for each in names
+    }
+    assert rows.keys() == {*ways, "ours, int8"}
+
+
+@pytest.mark.slow
+def test_best_tells_what_int8_costs(labelled, tmp_path):
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.parquet").write_bytes(labelled.read_bytes())
+    argv = ["--data", str(tmp_path), "--calibration_images", "8", "--max_images", "10"]
+    table = best.measure_accuracy(best.parse_arguments(argv))
+    assert "on 10 images, int8 calibrated on 8 training images" in table
+    accuracies = dict(re.findall(r"\| (\w+) \| ([\d.]+)% \|", table))
+    assert accuracies.keys() == {"float32", "bfloat16", "int8"}
+    assert all(float(accuracy) % 10 == 0 for accuracy in accuracies.values())
+
+
+def test_best_says_what_data_it_lacks(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        best.main(["--models", "PVT-T", "--data", str(tmp_path)])
+    assert exit_.value.code == 2
+    assert "holds no train.parquet" in capsys.readouterr().err
 
 
 @pytest.fixture

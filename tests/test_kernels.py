@@ -6,7 +6,7 @@ from tiny_models import random_images, tiny_model
 from torch import nn
 
 from modeling_vit_custom import ViTCustomForImageClassification, kernels
-from modeling_vit_custom.kernels import Linear, auto_attention_forward, is_convolution, map_rows
+from modeling_vit_custom.kernels import ATTENTION_FUNCTIONS, Linear, is_convolution, map_rows
 from modeling_vit_custom.modeling_vit_custom import PatchProjection, WindowLayout, eager_attention_forward, rearrange
 
 
@@ -125,27 +125,32 @@ def test_rows_are_taken_a_few_at_a_time(monkeypatch):
 
 
 def attention_inputs(dtype, num_queries, num_keys, bias):
+    """Queries, keys and values, and a bias of heads, of keys, or none."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(2, 3, num_queries, 16), (2, 3, num_keys, 16), (2, 3, num_keys, 16), (1, 3, num_queries, num_keys)]
+    of_bias = (2, 1, 1, num_keys) if bias == "keys" else (1, 3, num_queries, num_keys)
+    shapes = [(2, 3, num_queries, 16), (2, 3, num_keys, 16), (2, 3, num_keys, 16), of_bias]
     tensors = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
     return tensors if bias else [*tensors[:3], None]
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["auto", "products"])
+@pytest.mark.parametrize("bias", ["heads", "keys", None])
 @pytest.mark.parametrize("keys", [9, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_attention_is_that_in_double_precision(dtype, keys, bias):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_attention_is_that_in_double_precision(dtype, keys, bias, name):
     inputs = attention_inputs(dtype, 9, keys, bias)
     exact = [each if each is None else each.detach().double().requires_grad_() for each in inputs]
     module = nn.Module()
     module.is_causal = False
-    attended, weights = auto_attention_forward(module, *inputs, scaling=0.3)
+    attended, weights = ATTENTION_FUNCTIONS[name](module, *inputs, scaling=0.3)
     expected, _ = eager_attention_forward(module, *exact, scaling=0.3)
     assert weights is None
     assert attended.dtype == dtype
-    bound = {torch.float32: 1e-6, torch.bfloat16: 0.02, torch.float16: 2e-3}[dtype]
+    bound = {torch.float64: 1e-6, torch.float32: 1e-6, torch.bfloat16: 0.02, torch.float16: 2e-3}[dtype]
     scale = expected.abs().max()
     assert (attended - expected).abs().max() < bound * scale
+    with torch.no_grad():
+        assert (ATTENTION_FUNCTIONS[name](module, *inputs, scaling=0.3)[0] - expected).abs().max() < bound * scale
     present = [each for each in inputs if each is not None]
     found = torch.autograd.grad(attended.double().square().sum(), present)
     right = torch.autograd.grad(expected.square().sum(), [each for each in exact if each is not None])
@@ -153,14 +158,17 @@ def test_attention_is_that_in_double_precision(dtype, keys, bias):
         assert (one - other).abs().max() < 2 * bound * other.abs().max()
 
 
-def test_attention_drops_weights_in_training_only():
-    inputs = attention_inputs(torch.bfloat16, 9, 9, bias=True)
+@pytest.mark.parametrize("name", ["auto", "products"])
+@pytest.mark.parametrize("needs_gradient", [True, False])
+def test_attention_drops_weights_in_training_only(name, needs_gradient):
+    inputs, attend = attention_inputs(torch.bfloat16, 9, 9, bias="heads"), ATTENTION_FUNCTIONS[name]
     module = nn.Module()
     module.is_causal = False
-    whole, _ = auto_attention_forward(module.eval(), *inputs, scaling=0.3, dropout=0.9)
-    expected, _ = auto_attention_forward(module.eval(), *inputs, scaling=0.3)
-    assert torch.equal(whole, expected)
-    assert not torch.allclose(auto_attention_forward(module.train(), *inputs, scaling=0.3, dropout=0.9)[0], expected)
+    with torch.set_grad_enabled(needs_gradient):
+        whole, _ = attend(module.eval(), *inputs, scaling=0.3, dropout=0.9)
+        expected, _ = attend(module.eval(), *inputs, scaling=0.3)
+        assert torch.equal(whole, expected)
+        assert not torch.allclose(attend(module.train(), *inputs, scaling=0.3, dropout=0.9)[0], expected)
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (7, 10), (3, 9), (4, 4)], ids=str)

@@ -31,6 +31,7 @@ from modeling_vit_custom.modeling_vit_custom import (
     DropPath,
     PatchDropout,
     PatchMerging,
+    gather_tokens,
     patchify,
     sincos2d_positions,
 )
@@ -382,9 +383,33 @@ def test_patch_dropout_keeps_the_prefix_and_the_right_number(name, rate):
     assert not (matches.any(dim=1) == matches.any(dim=1)[0]).all()
 
 
+@pytest.mark.parametrize("size", [(32, 32), (29, 43)])
+@pytest.mark.parametrize("position_embedding_type", ["learned", "sincos2d", "none"])
+def test_patches_that_are_kept_are_as_if_all_were(size, position_embedding_type):
+    model = tiny_model(ViTCustomModel, "vit", position_embedding_type=position_embedding_type)
+    images, (rows, columns) = random_images(3, *size), model.feature_grids(size)[0]
+    noise = torch.rand(3, rows * columns, generator=torch.Generator().manual_seed(0))
+    ids_keep = noise.argsort(dim=1)[:, :5]
+    whole = model(images, output_hidden_states=True).hidden_states[0]
+    kept = model(images, ids_keep=ids_keep, output_hidden_states=True).hidden_states[0]
+    torch.testing.assert_close(kept[:, :1], whole[:, :1], rtol=0, atol=0)
+    torch.testing.assert_close(kept[:, 1:], gather_tokens(whole[:, 1:], ids_keep), rtol=1e-5, atol=1e-5)
+
+
+def test_kept_patches_can_be_masked():
+    model = ViTCustomModel(tiny_config("vit"), use_mask_token=True)
+    images, ids_keep = random_images(), torch.tensor([[3, 9, 0], [15, 2, 7]])
+    mask = torch.arange(16).expand(2, -1) % 3 == 0
+    with torch.no_grad():
+        whole = model(images, bool_masked_pos=mask, output_hidden_states=True).hidden_states[0]
+        kept = model(images, bool_masked_pos=mask, ids_keep=ids_keep, output_hidden_states=True).hidden_states[0]
+    torch.testing.assert_close(kept[:, 1:], gather_tokens(whole[:, 1:], ids_keep), rtol=1e-5, atol=1e-6)
+
+
 def test_patch_dropout_is_even():
-    dropout, positions = PatchDropout(0.5).train(), torch.arange(8.0)[None, :, None].expand(4000, -1, 1)
-    share = dropout(positions).flatten().long().bincount(minlength=8) / 4000
+    kept = PatchDropout(0.5).train().choose(4000, 8, torch.device("cpu"))
+    assert kept.shape == (4000, 4)
+    share = kept.flatten().bincount(minlength=8) / 4000
     assert share.tolist() == pytest.approx([0.5] * 8, abs=0.05)
 
 

@@ -17,7 +17,6 @@ from tiny_models import ONE_STAGE_ARCHITECTURES, PixelImages, random_images, tin
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, set_seed
 
 from modeling_vit_custom import ViTCustomForImageClassification
-from modeling_vit_custom.modeling_vit_custom import PatchDropout
 from trainers.arguments import OPTIMIZERS, LossArguments, TrainingArguments
 from trainers.losses import Criterion
 from trainers.mixing import Mixing
@@ -225,8 +224,8 @@ def test_the_last_epochs_see_whole_unmixed_images(tmp_path):
     options = {"max_steps": -1, "num_train_epochs": 4, "unmixed_epochs": 2, "unmasked_epochs": 1}
     mixing, seen = Mixing(0.8, 0, 1.0, 0.5, 5), []
     trainer = make_trainer(tmp_path, model, {"mixing": mixing}, **options)
-    (dropout,) = [module for module in model.modules() if isinstance(module, PatchDropout)]
-    dropout.register_forward_hook(lambda module, args, output: seen.append((mixing.is_on, output.shape[1])))
+    positions = model.model.stages[0].position_embedding
+    positions.register_forward_hook(lambda module, args, output: seen.append((mixing.is_on, output.shape[1])))
     trainer.train()
     assert seen == [(True, 8)] * 4 + [(False, 8)] * 2 + [(False, 16)] * 2
 

@@ -5,11 +5,11 @@ import sys
 
 
 # Numbers of glibc's malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """Keep what tensors on a CPU free for those of the next step; whether this system can.
+    """Keep the memory that one step's tensors free, for those of the next; whether this system can.
 
     By default glibc gives large blocks back to the system, which hands them out again page by page, filled with zeros:
     several percent of a training step, and more in a virtual machine.
@@ -17,4 +17,4 @@ def keep_freed_memory() -> bool:
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, 2**30)) and bool(mallopt(M_TRIM_THRESHOLD, -1))
+    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))

@@ -34,6 +34,7 @@ from .foreign_configs import (
     transformers_layout,
 )
 from .graphs import to_exported_program, to_onnx
+from .int8 import to_int8
 from .layouts import TRANSFORMERS_DEIT, Layout, Piece, assemble, own_pieces
 from .preprocessing import make_image_processor
 
@@ -44,6 +45,7 @@ __all__ = [
     "from_timm",
     "from_transformers",
     "to_exported_program",
+    "to_int8",
     "to_npz",
     "to_onnx",
     "to_timm",

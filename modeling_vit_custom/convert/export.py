@@ -23,7 +23,7 @@ from ..modeling_vit_custom import (
     ViTCustomPreTrainedModel,
 )
 from .foreign_configs import TRANSFORMERS_LAYOUTS
-from .graphs import check_exportable, to_exported_program, to_onnx
+from .graphs import NO_MERGING, check_exportable, to_exported_program, to_onnx
 from .layouts import TIMM_SWIN, TIMM_VIT, TRANSFORMERS_SINGLE_DEIT, VIT_JAX, Layout, assemble, own_pieces
 from .preprocessing import describe_preprocessing
 
@@ -96,7 +96,7 @@ def timm_architecture(model: ViTCustomPreTrainedModel) -> tuple[str, dict]:
     if not isinstance(model, (ViTCustomForImageClassification, ViTCustomModel)):
         raise ValueError(f"timm has no {type(model).__name__}: export its encoder or a classifier")
     if config.token_merging:
-        raise ValueError(f"timm has no token_merging={config.token_merging}: the same weights work without, with 0")
+        raise ValueError(NO_MERGING.format(config.token_merging, "timm"))
     if any(stage.sr_ratio > 1 for stage in stages) or (len(stages) > 1 and not first.window_size):
         raise ValueError("timm has no PVT of the first version: export to transformers")
     shared = {
@@ -187,6 +187,8 @@ def transformers_config(model: ViTCustomPreTrainedModel) -> tuple[str, dict]:
     config = model.config
     if isinstance(model, ViTCustomBackbone):
         raise ValueError("transformers has no ViTCustomBackbone: export its encoder or a classifier")
+    if config.token_merging:
+        raise ValueError(NO_MERGING.format(config.token_merging, "transformers"))
     stages, first = config.stages, config.stages[0]
     refused = {
         "num_register_tokens": config.num_register_tokens > 0 and not _has_spare_token(config),
@@ -195,7 +197,6 @@ def transformers_config(model: ViTCustomPreTrainedModel) -> tuple[str, dict]:
         "norm_after_pooling": config.norm_after_pooling,
         "representation_size": config.representation_size is not None,
         "head_batch_norm": config.head_batch_norm,
-        "token_merging": config.token_merging > 0,
     }
     wrong = next((name for name, is_refused in refused.items() if is_refused), None)
     if wrong:
@@ -288,13 +289,14 @@ def to_npz(model: ViTCustomPreTrainedModel) -> dict[str, np.ndarray]:
     config = model.config
     if not config.is_plain or not isinstance(model, (ViTCustomForImageClassification, ViTCustomModel)):
         raise ValueError("Google's format is for a single stage of global attention, bare or a classifier")
+    if config.token_merging:
+        raise ValueError(NO_MERGING.format(config.token_merging, "Google's format"))
     # What its names and shapes would not tell, so that it would be read as something else.
     refused = {
         "pooling": config.pooling == "mean" and config.use_class_token,
         "image_size": config.native_size[0] != config.native_size[1],
         "qkv_bias": not config.qkv_bias,
         "position_embedding_type": config.stages[0].position_embedding_type == "none",
-        "token_merging": config.token_merging > 0,
     }
     wrong = next((name for name, is_refused in refused.items() if is_refused), None)
     if wrong:

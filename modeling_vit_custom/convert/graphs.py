@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # ONNX's number for a set of operators; the newest that torch's exporter writes itself.
 OPSET = 18
 OLDEST_TORCH = "2.11"
+NO_MERGING = "token_merging={} has no counterpart in {}: open the model with token_merging=0, or edit its config.json"
 
 
 class _Graph(nn.Module):
@@ -75,11 +76,8 @@ def to_exported_program(model: ViTCustomPreTrainedModel) -> ExportedProgram:
     """
     check_exportable(model)
     if model.config.token_merging:
-        # How many of a few patches can be merged follows from the size of the images.
-        raise ValueError(
-            f"token_merging={model.config.token_merging} does not fit into a graph for all sizes: "
-            "open the model with token_merging=0"
-        )
+        # How many merge where few patches are left depends on the size of the images.
+        raise ValueError(NO_MERGING.format(model.config.token_merging, "a graph for all sizes"))
     if torch.__version__ < OLDEST_TORCH:
         raise ValueError(f"a graph for all sizes needs torch {OLDEST_TORCH} or newer, this is {torch.__version__}")
     graph, modes = _Graph(model), {module: module.training for module in model.modules()}

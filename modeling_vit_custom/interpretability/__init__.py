@@ -1,8 +1,8 @@
 """What a trained model has learnt and what it looks at: pure functions of a model and normalised images.
 
 They serve every architecture of the family, or say why they cannot, with any attention implementation, on any device,
-and hold the attention weights of one block at a time. Where a model merges tokens, they show what it does without.
-`python -m modeling_vit_custom.interpretability` draws them.
+and hold the attention weights of one block at a time. Where a model merges tokens, maps, distances and colours show
+what it does without. `python -m modeling_vit_custom.interpretability` draws them.
 Shapes: B images, C channels, (H, W) pixels, (h, w) grid of N patches, P prefix tokens, A heads, D width, L labels.
 """
 

@@ -1,4 +1,4 @@
-"""What a training step costs with less work in it, and how time grows with image size, depth, width and batch.
+"""What a step costs with less work in it, and how time grows with image size, depth, width and batch.
 
 Savings are ratios of time to the plain step of the same encoder: of training (forward, cross-entropy in fp32, backward,
 fused AdamW), or inference (a forward pass without gradients). Curves time both. All steps of a table take
@@ -56,7 +56,7 @@ MODES = ("inference", "training")
 MODE_NAMES = {"inference": "inference", "training": "training step"}
 DTYPES = ("float32", "bfloat16", "autocast")
 CURVES = ("image_size", "depth", "width", "batch_size")
-SAVINGS = {"savings": "training", "inference_savings": "inference"}
+SAVINGS = ("savings", "inference_savings")
 PARTS = (*SAVINGS, *CURVES)
 # On a device: images a step of savings and of curves, and the dtype that runs there use.
 DEFAULTS = {"cpu": (8, 2, "float32"), "cuda": (128, 32, "autocast")}
@@ -189,8 +189,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def list_cases(part: str, dtype: str, arguments: argparse.Namespace) -> list[Case]:
     """The rows of a table; of savings, the plain step first."""
     if part in SAVINGS:
-        list_those = list_savings if part == "savings" else list_inference_savings
-        return list_those(arguments.models[0], dtype, arguments.batch_size)
+        list_steps = {"savings": list_savings, "inference_savings": list_inference_savings}[part]
+        return list_steps(arguments.models[0], dtype, arguments.batch_size)
     first, batch_size = arguments.models[0], arguments.curve_batch_size
     case = partial(Case, part, dtype=dtype)
     cases = {

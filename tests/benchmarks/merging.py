@@ -23,12 +23,13 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.arguments import add_device, add_output
 from benchmarks.environment import describe_environment, format_environment
+from benchmarks.speed import count_flops
 from benchmarks.steps import rotated, time_step
 from modeling_vit_custom import ViTCustomForImageClassification
 from modeling_vit_custom.command_line import positive, report_user_errors
 from trainers.bootstrap import mean_intervals
 from trainers.memory import keep_freed_memory
-from trainers.pace import count_flops
+from trainers.run_facts import hide_folders
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,10 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     with report_user_errors("merging.py"):
         models = open_models(arguments)
         batches = load_batches(arguments)
+    environment = describe_environment("merging.py", list(map(hide_folders, argv)), arguments.device)
     keep_freed_memory()
     seconds, right = measure(models, batches, arguments.device)
-    shown = [Path(each).name if "/" in each else each for each in argv]  # whose folders are nobody else's
-    environment = describe_environment("merging.py", shown, arguments.device)
     report = format_report(models, seconds, right, environment, arguments)
     print(report)
     if arguments.output is not None:
@@ -127,9 +127,9 @@ def format_report(
     environment: dict[str, str],
     arguments: argparse.Namespace,
 ) -> str:
-    config, size = models[0].config, models[0].config.native_size
+    config = models[0].config
     rows, columns = config.stages[0].grid_size
-    flops = {count: count_flops(model, size) for count, model in models.items()}
+    flops = {count: count_flops(model, config.native_size[0]) for count, model in models.items()}
     differences = np.stack([right[count] - right[0] for count in models], axis=1)
     lines = []
     for count, interval in zip(models, mean_intervals(differences, 1000, 0)):
