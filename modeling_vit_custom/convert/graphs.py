@@ -30,7 +30,7 @@ OLDEST_TORCH = "2.11"
 NO_MERGING = "token_merging={} has no counterpart in {}: open the model with token_merging=0, or edit its config.json"
 
 
-class _Graph(nn.Module):
+class Graph(nn.Module):
     """A model with a fixed set of outputs: pixel_values (B, C, H, W) -> tensors in the order of `names`."""
 
     def __init__(self, model: ViTCustomPreTrainedModel):
@@ -80,7 +80,7 @@ def to_exported_program(model: ViTCustomPreTrainedModel) -> ExportedProgram:
         raise ValueError(NO_MERGING.format(model.config.token_merging, "a graph for all sizes"))
     if torch.__version__ < OLDEST_TORCH:
         raise ValueError(f"a graph for all sizes needs torch {OLDEST_TORCH} or newer, this is {torch.__version__}")
-    graph, modes = _Graph(model), {module: module.training for module in model.modules()}
+    graph, modes = Graph(model), {module: module.training for module in model.modules()}
     config, implementation = model.config, model.config._attn_implementation
     stride = math.prod(stage.patch_size for stage in config.stages)
     # Neither an even grid nor a native one: sizes that a graph could be fixed to by accident.
@@ -126,7 +126,7 @@ def to_onnx(model: ViTCustomPreTrainedModel) -> "ONNXProgram":
             image = opset18.Gather(image, source, axis=dim)
         return image
 
-    names = _Graph(model).names
+    names = Graph(model).names
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of how torch names dimensions and copies trees
         return torch.onnx.export(

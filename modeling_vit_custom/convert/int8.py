@@ -5,7 +5,6 @@ import itertools
 from collections.abc import Iterable
 
 import torch
-import torch._inductor.config as inductor_config
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule
@@ -13,7 +12,7 @@ from torch.fx import GraphModule
 from ..configuration_vit_custom import ViTCustomConfig
 from ..kernels import Linear
 from ..modeling_vit_custom import ViTCustomForImageClassification, ViTCustomImageClassifierOutput
-from .graphs import check_exportable
+from .graphs import Graph, check_exportable
 
 
 OLDEST_TORCH = "2.15"
@@ -43,10 +42,13 @@ class Int8Classifier(nn.Module):
         Raises:
             ValueError: for images of another size.
         """
+        import torch._inductor.config as inductor_config  # here, because few who convert models compile them
+
         _check_shape(pixel_values, self.shape)
         # Frozen weights are quantised and laid out once, when it compiles.
         with torch.autocast("cpu", torch.bfloat16), inductor_config.patch(freezing=True):
-            return ViTCustomImageClassifierOutput(logits=self.graph(pixel_values.float()).float())
+            (logits,) = self.graph(pixel_values.float())
+            return ViTCustomImageClassifierOutput(logits=logits.float())
 
 
 def _check_shape(pixel_values: Tensor, shape: tuple[int, int, int]):
@@ -55,17 +57,6 @@ def _check_shape(pixel_values: Tensor, shape: tuple[int, int, int]):
             f"pixel_values of shape {tuple(pixel_values.shape)} must be (batch, {', '.join(map(str, shape))}), as in "
             "calibration"
         )
-
-
-class _Logits(nn.Module):
-    """A classifier that returns logits alone."""
-
-    def __init__(self, model: ViTCustomForImageClassification):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.model(pixel_values).logits
 
 
 def to_int8(model: ViTCustomForImageClassification, batches: Iterable[Tensor]) -> Int8Classifier:
@@ -103,7 +94,7 @@ def to_int8(model: ViTCustomForImageClassification, batches: Iterable[Tensor]) -
         raise ValueError(f"int8 needs images to be calibrated on, two at least in the first batch, not {count}")
 
     with torch.no_grad():
-        graph = torch.export.export(_Logits(_plain_twin(model)), (first,), dynamic_shapes=({0: Dim.AUTO},)).module()
+        graph = torch.export.export(Graph(_plain_twin(model)), (first,), dynamic_shapes=({0: Dim.AUTO},)).module()
         for node in list(graph.graph.nodes):
             # That all is in fp32 will not hold.
             if node.target is torch.ops.aten._assert_tensor_metadata.default:

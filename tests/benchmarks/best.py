@@ -31,6 +31,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 # The folder above holds this package; so the file runs as a script and as a module alike.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.arguments import add_output
+from benchmarks.costs import format_quartiles
 from benchmarks.environment import describe_environment, format_environment
 from benchmarks.peers import (
     ARCHITECTURES,
@@ -177,8 +178,7 @@ def format_table(
 
 
 def ratio(theirs: list[float], ours: list[float]) -> str:
-    low, median, high = np.percentile(np.array(theirs) / np.array(ours), [25, 50, 75])
-    return f"{median:.2f} [{low:.2f}, {high:.2f}]"
+    return format_quartiles([their / our for their, our in zip(theirs, ours)], "{:.2f}".format)
 
 
 # ---------------------------------------------------------------------------------------------------------- accuracy

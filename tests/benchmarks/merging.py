@@ -22,6 +22,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 # The folder above holds this package; so the file runs as a script and as a module alike.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.arguments import add_device, add_output
+from benchmarks.costs import format_quartiles
 from benchmarks.environment import describe_environment, format_environment
 from benchmarks.speed import count_flops
 from benchmarks.steps import rotated, time_step
@@ -133,14 +134,11 @@ def format_report(
     differences = np.stack([right[count] - right[0] for count in models], axis=1)
     lines = []
     for count, interval in zip(models, mean_intervals(differences, 1000, 0)):
-        low, median, high = np.percentile(seconds[0] / seconds[count], [25, 50, 75])
+        speed = format_quartiles((seconds[0] / seconds[count]).tolist(), "{:.2f}".format)
         change = (
             f"{100 * interval.value:+.2f} [{100 * interval.low:+.2f}, {100 * interval.high:+.2f}]" if count else "-"
         )
-        lines.append(
-            f"| {count} | {median:.2f} [{low:.2f}, {high:.2f}] | {flops[count] / flops[0]:.2f} | "
-            f"{right[count].mean():.2%} | {change} |"
-        )
+        lines.append(f"| {count} | {speed} | {flops[count] / flops[0]:.2f} | {right[count].mean():.2%} | {change} |")
     return "\n".join(
         [
             "# Token merging",
