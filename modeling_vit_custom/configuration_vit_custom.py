@@ -113,7 +113,8 @@ class ViTCustomConfig(BackboneConfigMixin, PreTrainedConfig):
         mask_patch_size (`int`, defaults to 32): Side in pixels of the squares that masked image modeling hides
             (https://arxiv.org/abs/2111.09886, section 3.2).
         norm_pix_loss (`bool`, defaults to `False`): Normalise each patch of the masked autoencoder's target.
-        decoder_hidden_size (`int`, defaults to 512): Width of the masked autoencoder's decoder.
+        decoder_hidden_size (`int`, defaults to 512): Width of the masked autoencoder's decoder, by default that of its
+            paper; presets narrower than ViT-B have a smaller one.
         decoder_num_hidden_layers (`int`, defaults to 8): Its blocks.
         decoder_num_attention_heads (`int`, defaults to 16): Its heads.
         decoder_intermediate_size (`int`, defaults to 2048): Width of its MLPs.

@@ -711,42 +711,30 @@ class EncoderBlock(GradientCheckpointingLayer):
         output_attentions: bool = False,
         num_outputs: int | None = None,
         sizes: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """With `num_outputs` the first tokens only, which attend to all: (B, T, D) -> (B, num_outputs, D).
 
-        Given how many patches each token holds, (B, T), patches are merged between the branches, unless there is
-        `num_outputs`, and how many each token holds then is returned besides: (B, T, D) -> (B, T - r, D), (B, T - r).
+        Given how many patches each token holds, (B, T), a token counts in attention as often
+        (https://arxiv.org/abs/2210.09461, equation 1), and patches are merged between the branches, unless there is
+        `num_outputs`; how many each token holds then comes last: (B, T, D) -> (B, T - r, D), (B, T - r). Drop path then
+        computes every image's attention, whose keys are needed.
         """
-        if sizes is not None:
-            return self.forward_merging(hidden_states, sizes, output_attentions, num_outputs)
-        rows = self.drop_path.choose(hidden_states, keep_all=output_attentions)
+        rows = self.drop_path.choose(hidden_states, keep_all=output_attentions or sizes is not None)
         tokens = self.attention_norm(select_rows(hidden_states, rows))
-        attended, weights = self.attention(tokens, grid, output_attentions, num_outputs)
+        if sizes is None:
+            attended, weights = self.attention(tokens, grid, output_attentions, num_outputs)
+        else:
+            attended, weights, keys = self.attention.attend_with_keys(
+                tokens, sizes.log(), output_attentions, num_outputs
+            )
         hidden_states = first_tokens(hidden_states, num_outputs)
         hidden_states = self.drop_path.add(hidden_states, self.attention_scale(attended), rows)
-        return self.transform(hidden_states), weights
-
-    def forward_merging(
-        self, hidden_states: Tensor, sizes: Tensor, output_attentions: bool, num_outputs: int | None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """A token counts in attention as often as it holds patches (https://arxiv.org/abs/2210.09461, equation 1).
-
-        Drop path computes every image's attention, whose keys are needed.
-        """
-        tokens = self.attention_norm(hidden_states)
-        attended, weights, keys = self.attention.attend_with_keys(tokens, sizes.log(), output_attentions, num_outputs)
-        hidden_states = first_tokens(hidden_states, num_outputs)
-        hidden_states = self.drop_path.add(hidden_states, self.attention_scale(attended), None)
-        if num_outputs is None:
+        if sizes is not None and num_outputs is None:
             # Their sum points where their mean does, and a mean over few heads is slow.
             hidden_states, sizes = self.merging(hidden_states, sizes, reduce(torch.add, keys.unbind(1)))
-        return self.transform(hidden_states), weights, sizes
-
-    def transform(self, hidden_states: Tensor) -> Tensor:
-        """The second branch."""
         rows = self.drop_path.choose(hidden_states)
         transformed = self.mlp(self.mlp_norm(select_rows(hidden_states, rows)))
-        return self.drop_path.add(hidden_states, self.mlp_scale(transformed), rows)
+        return self.drop_path.add(hidden_states, self.mlp_scale(transformed), rows), weights, sizes
 
 
 def make_attention(config: ViTCustomConfig, stage: StageConfig, index: int) -> Attention:
@@ -811,10 +799,7 @@ class Stage(nn.Module):
         hidden_states, attentions = [tokens] if output_hidden_states else [], []
         for index, block in enumerate(self.blocks, start=1):
             wanted = num_outputs if index == len(self.blocks) else None
-            if self.merges:
-                tokens, weights, sizes = block(tokens, grid, output_attentions, wanted, sizes)
-            else:
-                tokens, weights = block(tokens, grid, output_attentions, wanted)
+            tokens, weights, sizes = block(tokens, grid, output_attentions, wanted, sizes)
             if output_hidden_states:
                 hidden_states.append(tokens)
             if output_attentions:
@@ -1416,7 +1401,7 @@ class Decoder(nn.Module):
         patches = self.mask_token(patches, ids_restore >= num_visible)
         tokens = torch.cat([prefix, self.position_embedding(patches, grid)], dim=1)
         for block in self.blocks:
-            tokens, _ = block(tokens, grid)
+            tokens, _, _ = block(tokens, grid)
         return self.prediction(self.norm(tokens))[:, self.num_prefix_tokens :]
 
 

@@ -13,7 +13,22 @@ def _vit(width: int, depth: int, heads: int, patch: int, size: int = 224, **fiel
         "hidden_size": width,
         "num_hidden_layers": depth,
         "num_attention_heads": heads,
+        **(small_decoder(width) if width < 768 else {}),
         **fields,
+    }
+
+
+def small_decoder(width: int) -> dict:
+    """Fields of a masked autoencoder's decoder that costs little: half as wide as the encoder, and of two blocks.
+
+    The paper's is half as wide as ViT-L, and fine-tuning does not tell two blocks from its eight
+    (https://arxiv.org/abs/2111.06377, table 1). Encoders narrower than those of the paper have it in their presets.
+    """
+    return {
+        "decoder_hidden_size": width // 2,
+        "decoder_num_hidden_layers": 2,
+        "decoder_num_attention_heads": width // 64,
+        "decoder_intermediate_size": 2 * width,
     }
 
 
@@ -61,12 +76,7 @@ def _swin(width: int, depths: list[int], heads: list[int], window: int = 7, size
     }
 
 
-# For 8x8 and 32x32 images: ten classes, masks of the size of the last stage's patches, a decoder to match.
-_8 = {"num_labels": 10, "decoder_hidden_size": 64, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 4}
-_8 |= {"decoder_intermediate_size": 256}
-_32 = {"num_labels": 10, "decoder_hidden_size": 96, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 3}
-_32 |= {"decoder_intermediate_size": 384}
-
+# Masks of small images are of the size of the last stage's patches.
 _PRESETS = {
     "vit_tiny_patch16_224": _vit(192, 12, 3, 16),
     "vit_small_patch16_224": _vit(384, 12, 6, 16),
@@ -94,8 +104,8 @@ _PRESETS = {
     "swin_base_patch4_window7_224": _swin(128, [2, 2, 18, 2], [4, 8, 16, 32]),
     "swin_base_patch4_window12_384": _swin(128, [2, 2, 18, 2], [4, 8, 16, 32], window=12, size=384),
     "swin_large_patch4_window7_224": _swin(192, [2, 2, 18, 2], [6, 12, 24, 48]),
-    "vit_nano_patch2_8": _vit(128, 4, 4, 2, size=8, mask_patch_size=2, **_8),
-    "deit_nano_distilled_patch2_8": _deit_distilled(128, 4, 4, 2, size=8, mask_patch_size=2, **_8),
+    "vit_nano_patch2_8": _vit(128, 4, 4, 2, size=8, mask_patch_size=2, num_labels=10),
+    "deit_nano_distilled_patch2_8": _deit_distilled(128, 4, 4, 2, size=8, mask_patch_size=2, num_labels=10),
     "pvt_nano_8": _pvt(
         [2, 2, 2],
         size=8,
@@ -105,14 +115,14 @@ _PRESETS = {
         intermediate_size=[128, 256, 512],
         sr_ratios=[4, 2, 1],
         mask_patch_size=4,
-        **_8,
+        num_labels=10,
     ),
     "swin_nano_patch1_window4_8": _swin(
-        32, [2, 2, 2], [1, 2, 4], window=4, size=8, patch_size=[1, 2, 2], mask_patch_size=4, **_8
+        32, [2, 2, 2], [1, 2, 4], window=4, size=8, patch_size=[1, 2, 2], mask_patch_size=4, num_labels=10
     ),
-    "vit_nano_patch4_32": _vit(192, 9, 3, 4, size=32, intermediate_size=384, mask_patch_size=4, **_32),
+    "vit_nano_patch4_32": _vit(192, 9, 3, 4, size=32, intermediate_size=384, mask_patch_size=4, num_labels=10),
     "deit_nano_distilled_patch4_32": _deit_distilled(
-        192, 9, 3, 4, size=32, intermediate_size=384, mask_patch_size=4, **_32
+        192, 9, 3, 4, size=32, intermediate_size=384, mask_patch_size=4, num_labels=10
     ),
     "pvt_nano_32": _pvt(
         [2, 2, 2],
@@ -123,10 +133,10 @@ _PRESETS = {
         intermediate_size=[256, 512, 1024],
         sr_ratios=[4, 2, 1],
         mask_patch_size=8,
-        **_32,
+        num_labels=10,
     ),
     "swin_nano_patch2_window4_32": _swin(
-        64, [2, 4, 2], [2, 4, 8], window=4, size=32, patch_size=[2, 2, 2], mask_patch_size=8, **_32
+        64, [2, 4, 2], [2, 4, 8], window=4, size=32, patch_size=[2, 2, 2], mask_patch_size=8, num_labels=10
     ),
 }
 

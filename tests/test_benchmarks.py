@@ -325,7 +325,7 @@ def test_best_says_what_data_it_lacks(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         best.main(["--models", "PVT-T", "--data", str(tmp_path)])
     assert exit_.value.code == 2
-    assert "holds no train.parquet" in capsys.readouterr().err
+    assert "train.parquet' is no file" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ class Block:
         if self.start is not None:
             image = hidden if self.incoming is None else to_image(hidden, self.incoming)
             hidden = self.start.embed(image, self.grid)
-        return self.module(hidden, self.grid, output_attentions)
+        return self.module(hidden, self.grid, output_attentions)[:2]
 
     @property
     def key_ratio(self) -> int:

@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch._inductor.config as inductor_config
-from datasets import Image, load_dataset
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -33,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.arguments import add_output
 from benchmarks.costs import format_quartiles
 from benchmarks.environment import describe_environment, format_environment
+from benchmarks.labelled import format_change, open_rows
 from benchmarks.peers import (
     ARCHITECTURES,
     attention_of,
@@ -193,11 +193,7 @@ def measure_accuracy(arguments: argparse.Namespace) -> str:
     processor = AutoImageProcessor.from_pretrained(TRAINED)
 
     def read(split: str, count: int | None) -> tuple[Tensor, Tensor]:
-        file = arguments.data / f"{split}.parquet"
-        if not file.is_file():
-            raise ValueError(f"--data {str(arguments.data)!r} holds no {file.name}")
-        rows = load_dataset("parquet", data_files=str(file), split="train").cast_column("image", Image(mode="RGB"))
-        rows = rows.select(range(min(count or len(rows), len(rows))))
+        rows = open_rows(arguments.data / f"{split}.parquet", count)
         return processor(list(rows["image"]), return_tensors="pt")["pixel_values"], torch.tensor(rows["label"][:])
 
     model = AutoModelForImageClassification.from_pretrained(TRAINED).float().eval()
@@ -218,8 +214,7 @@ def measure_accuracy(arguments: argparse.Namespace) -> str:
             )
     changes = mean_intervals(np.stack([right[way] - right["float32"] for way in ways], axis=1), 1000, 0)
     lines = [
-        f"| {way} | {right[way].mean():.2%} | "
-        + ("{:+.2f} [{:+.2f}, {:+.2f}] |".format(*(100 * each for each in change)) if way != "float32" else "- |")
+        f"| {way} | {right[way].mean():.2%} | {'-' if way == 'float32' else format_change(change)} |"
         for way, change in zip(ways, changes)
     ]
     return "\n".join(

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Image, load_dataset
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.arguments import add_device, add_output
 from benchmarks.costs import format_quartiles
 from benchmarks.environment import describe_environment, format_environment
+from benchmarks.labelled import format_change, open_rows
 from benchmarks.speed import count_flops
 from benchmarks.steps import rotated, time_step
 from modeling_vit_custom import ViTCustomForImageClassification
@@ -89,11 +89,8 @@ def load_batches(arguments: argparse.Namespace) -> DataLoader:
     Raises:
         ValueError: if there is no such file.
     """
-    if not arguments.data.is_file():
-        raise ValueError(f"--data {str(arguments.data)!r} is no file")
+    rows = open_rows(arguments.data, arguments.max_images)
     processor = AutoImageProcessor.from_pretrained(arguments.model)
-    split = f"train[:{arguments.max_images}]" if arguments.max_images else "train"
-    rows = load_dataset("parquet", data_files=str(arguments.data), split=split).cast_column("image", Image(mode="RGB"))
 
     def prepare(batch: dict) -> dict:
         return {"pixels": processor(batch["image"], return_tensors="pt")["pixel_values"], "label": batch["label"]}
@@ -135,9 +132,7 @@ def format_report(
     lines = []
     for count, interval in zip(models, mean_intervals(differences, 1000, 0)):
         speed = format_quartiles((seconds[0] / seconds[count]).tolist(), "{:.2f}".format)
-        change = (
-            f"{100 * interval.value:+.2f} [{100 * interval.low:+.2f}, {100 * interval.high:+.2f}]" if count else "-"
-        )
+        change = format_change(interval) if count else "-"
         lines.append(f"| {count} | {speed} | {flops[count] / flops[0]:.2f} | {right[count].mean():.2%} | {change} |")
     return "\n".join(
         [
