@@ -4,6 +4,7 @@ Shapes: B images, A attention heads of d channels, N queries, K keys.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 def prefers_convolutions() -> bool:
     """Whether this processor multiplies matrices in fp32 faster by oneDNN than by MKL, which is made for Intel's."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # which older PyTorch does not tell
-    is_x86 = capabilities.get("architecture") == "x86_64"
-    return is_x86 and not capabilities["cpu_name"].startswith("Intel") and torch.backends.mkldnn.is_available()
+    return capabilities.get("cpu_name", "").startswith("AMD") and torch.backends.mkldnn.is_available()
 
 
 PREFERS_CONVOLUTIONS = prefers_convolutions()
@@ -25,6 +25,10 @@ PREFERS_CONVOLUTIONS = prefers_convolutions()
 MANY_ROWS = 4096
 # What rows of an intermediate result may take, in bytes, so that they stay in the caches of a CPU.
 CACHED_BYTES = 2**23
+# What the scores of a layer's products may take in training, in bytes: those of all layers are there at once.
+MAX_SCORES = 2**29
+# How many scores without gradients there are at a time.
+CACHED_SCORES = 2**21
 
 
 def dense(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -86,12 +90,17 @@ def auto_attention_forward(
     """Attention: (B, A, N, d), (B, A, K, d), (B, A, K, d) -> (B, N, A, d).
 
     PyTorch's own, except on a CPU in another precision than single, or with a bias while gradients are wanted: there it
-    is several times slower than products of matrices, forward and backward.
+    is several times slower than products of matrices, forward and backward, which need memory for all scores, though.
     """
-    is_fused = query.dtype == torch.float32 and (attention_mask is None or not torch.is_grad_enabled())
+    learns = torch.is_grad_enabled()
+    is_too_large = learns and query.shape[:3].numel() * key.shape[2] * query.element_size() > MAX_SCORES
+    is_fused = query.dtype == torch.float32 or is_too_large
+    is_fused &= attention_mask is None or not learns
     is_fused |= query.device.type != "cpu"
-    attend = ALL_ATTENTION_FUNCTIONS["sdpa"] if is_fused else products_attention_forward
-    return attend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if not is_fused:
+        return products_attention_forward(module, query, key, value, attention_mask, scaling, dropout)
+    bias = None if attention_mask is None else attention_mask.to(query.dtype)
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, bias, scaling=scaling, dropout=dropout, **kwargs)
 
 
 def products_attention_forward(
@@ -104,22 +113,49 @@ def products_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Attention by two products of matrices and a softmax: (B, A, N, d), (B, A, K, d), (B, A, K, d) -> (B, N, A, d)."""
+    """Attention by two products of matrices and a softmax: (B, A, N, d), (B, A, K, d), (B, A, K, d) -> (B, N, A, d).
+
+    On a CPU without gradients a few images or heads at a time, whose scores then stay in the caches.
+    """
+    attend = partial(multiply, scaling=scaling, dropout=dropout if module.training else 0.0)
+    is_split = query.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    batch_size, num_heads = query.shape[:2]
+    num_rows = max(1, CACHED_SCORES // (query.shape[2] * key.shape[2]))
+    if not is_split or num_rows >= batch_size * num_heads:
+        return attend(query, key, value, attention_mask).transpose(1, 2), None
+    output = query.new_empty(*query.shape[:3], value.shape[3])
+    bias = attention_mask
+    for images in parts(batch_size, max(1, num_rows // num_heads)):
+        for heads in parts(num_heads, num_rows):
+            if attention_mask is not None:
+                shared = attention_mask if attention_mask.shape[0] == 1 else attention_mask[images]
+                bias = shared.expand(-1, num_heads, -1, -1)[:, heads]
+            place = (images, heads)
+            output[place] = attend(query[place], key[place], value[place], bias)
+    return output.transpose(1, 2), None
+
+
+def parts(count: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def multiply(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float, dropout: float) -> Tensor:
+    """Attention: (B, A, N, d), (B, A, K, d), (B, A, K, d), (1 or B, 1 or A, 1 or N, K) -> (B, A, N, d)."""
     batch_size, num_heads, num_keys = *query.shape[:2], key.shape[2]
     query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
-    is_added_later = attention_mask is not None and not torch.is_grad_enabled()
-    if attention_mask is None or is_added_later:
-        bias, share = query.new_zeros(1, 1, 1), 0
+    is_added_later = bias is not None and not torch.is_grad_enabled()
+    if bias is None or is_added_later:
+        start, share = query.new_zeros(1, 1, 1), 0
     else:
-        bias, share = attention_mask.expand(batch_size, num_heads, -1, num_keys).flatten(0, 1), 1
-    scores = torch.baddbmm(bias, query, key.transpose(1, 2), beta=share, alpha=scaling)
+        start, share = bias.to(query.dtype).expand(batch_size, num_heads, -1, num_keys).flatten(0, 1), 1
+    scores = torch.baddbmm(start, query, key.transpose(1, 2), beta=share, alpha=scaling)
     if is_added_later:
-        # To all images at once, without a copy, and in single precision at least.
-        bias = attention_mask.to(torch.promote_types(scores.dtype, torch.float32))
-        scores = (scores.unflatten(0, (batch_size, num_heads)) + bias).flatten(0, 1)
+        # To all images at once, and in single precision at least.
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).unflatten(0, (batch_size, num_heads))
+        scores = scores.add_(bias).flatten(0, 1)
     weights = scores.softmax(dim=-1).to(value.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
-    return torch.bmm(weights, value).unflatten(0, (batch_size, num_heads)).transpose(1, 2), None
+    weights = F.dropout(weights, p=dropout)
+    return torch.bmm(weights, value).unflatten(0, (batch_size, num_heads))
 
 
 # Beside those of the library, by name.

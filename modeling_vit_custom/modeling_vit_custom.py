@@ -396,6 +396,8 @@ class Attention(nn.Module):
         attention_function = ATTENTION_FUNCTIONS.get(implementation)
         if attention_function is None:
             attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        if bias is not None and implementation not in ATTENTION_FUNCTIONS:
+            bias = bias.to(query.dtype)
         biases = {"attention_mask": bias}
         if bias is not None and implementation == "flex_attention":
             # The library's flex function applies the mask of the first head to all heads; a position bias has heads.
@@ -443,7 +445,7 @@ class GlobalAttention(Attention):
         qkv = self.qkv(hidden_states).unflatten(2, (3, self.num_heads, self.head_dim))
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         query, key = self.query_norm(query), self.key_norm(key)
-        bias = None if key_bias is None else key_bias[:, None, None].to(query.dtype)
+        bias = None if key_bias is None else key_bias[:, None, None]
         attended, weights = self.attend(query[:, :, :num_queries], key, value, bias, output_attentions)
         return self.dropout(self.projection(attended.flatten(2))), weights, key
 
@@ -588,9 +590,10 @@ class WindowAttention(Attention):
         query, key, value = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3).unbind(0)
         query, key = self.query_norm(query), self.key_norm(key)
 
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+        # Without a copy of the small table, the sum for all windows would read it with strides.
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1).contiguous()
         bias = bias.expand(rows * columns, -1, -1, -1) if mask is None else bias + mask.unsqueeze(1)
-        bias = bias.flatten(0, 1).unsqueeze(0).to(query.dtype)
+        bias = bias.flatten(0, 1).unsqueeze(0)
 
         attended, weights = self.attend(query, key, value, bias, output_attentions)
         # (B, M * M, windows * A, d) -> (B, windows * M * M, D)
@@ -651,32 +654,40 @@ class LayerScale(nn.Module):
 class DropPath(nn.Module):
     """Drop a residual branch for whole images while training (https://arxiv.org/abs/1603.09382), keeping the mean.
 
-    A fixed share of the batch is dropped and not computed (https://arxiv.org/abs/2304.07193, section 5). Where the
-    share is less than an image, or every image's branch is wanted, branches are computed and dropped one by one.
+    As many images of the batch as the share makes whole ones are dropped and not computed
+    (https://arxiv.org/abs/2304.07193, section 5), and one more with the probability that is left. Where every image's
+    branch is wanted, branches are computed and dropped one by one.
     """
 
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
+        self.millionths = round(1e6 * (1 - rate))  # that are kept: of whole numbers a graph knows more
 
     def choose(self, hidden_states: Tensor, keep_all: bool = False) -> Tensor | None:
         """Rows of the batch whose branch is to be computed; none stands for all."""
+        if not self.training or self.rate == 0 or keep_all:
+            return None
         batch_size = hidden_states.shape[0]
-        num_kept = max(1, round(batch_size * (1 - self.rate)))
-        if not self.training or num_kept == batch_size or keep_all:
+        num_kept = -(-batch_size * self.millionths // 10**6)
+        if num_kept == batch_size:
             return None
         return torch.randperm(batch_size, device=hidden_states.device)[:num_kept]
 
     def add(self, hidden_states: Tensor, branch: Tensor, rows: Tensor | None) -> Tensor:
         """The residual sum, with a branch of the chosen rows."""
-        if rows is not None:
-            scale = hidden_states.shape[0] / rows.shape[0]
-            return hidden_states.index_add(0, rows, branch.to(hidden_states.dtype), alpha=scale)
         if not self.training or self.rate == 0:
             return hidden_states + branch
         keep = 1 - self.rate
-        kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) < keep
-        return hidden_states + branch * (kept / keep).to(branch.dtype)
+        if rows is None:
+            kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) < keep
+            return hidden_states + branch * (kept / keep).to(branch.dtype)
+        left = hidden_states.shape[0] * self.millionths % 10**6
+        if left:
+            # The last one stands for the part of an image.
+            is_kept = torch.rand(1, 1, 1, device=branch.device) < left / 1e6
+            branch = torch.cat([branch[:-1], branch[-1:] * is_kept])
+        return hidden_states.index_add(0, rows, branch.to(hidden_states.dtype), alpha=1 / keep)
 
 
 def select_rows(hidden_states: Tensor, rows: Tensor | None) -> Tensor:
@@ -1046,6 +1057,8 @@ class ViTCustomModel(ViTCustomPreTrainedModel):
             raise ValueError(
                 f"ids_keep of shape {tuple(ids_keep.shape)} must be ({pixel_values.shape[0]}, patches to keep)"
             )
+        if prefix_only and self.config.pooling != "cls":
+            raise ValueError(f"prefix_only=True leaves no patches for pooling={self.config.pooling!r}")
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
@@ -1386,12 +1399,12 @@ class Decoder(nn.Module):
         super().__init__()
         stage = config.decoder_stage
         self.num_prefix_tokens = stage.num_prefix_tokens
-        self.embedding = nn.Linear(stage.in_channels, stage.hidden_size)
+        self.embedding = Linear(stage.in_channels, stage.hidden_size)
         self.mask_token = MaskToken(stage.hidden_size)
         self.position_embedding = PositionEmbedding(config, stage)
         self.blocks = nn.ModuleList([EncoderBlock(config, stage, index) for index in range(stage.depth)])
         self.norm = nn.LayerNorm(stage.hidden_size, eps=config.layer_norm_eps)
-        self.prediction = nn.Linear(stage.hidden_size, stage.patch_size**2 * config.num_channels)
+        self.prediction = Linear(stage.hidden_size, stage.patch_size**2 * config.num_channels)
 
     def forward(self, hidden_states: Tensor, ids_restore: Tensor, grid: tuple[int, int]) -> Tensor:
         tokens = self.embedding(hidden_states)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from benchmarks import costs, loop
 from benchmarks.costs import Case
-from benchmarks.steps import measure_rise, rotated
+from benchmarks.steps import format_number, format_quartiles, measure_rise, rotated
 
 from modeling_vit_custom import preset_config
 from modeling_vit_custom.modeling_vit_custom import EncoderBlock
@@ -159,9 +159,9 @@ def test_what_does_not_fit_is_shown_as_failed(monkeypatch: pytest.MonkeyPatch, c
 
 def test_figures_have_three_digits():
     values = [0.01234, 0.1, 1.0, 99.94, 123.4, 1234.5, 0.0]
-    assert [costs.format_number(value) for value in values] == ["0.0123", "0.100", "1.00", "99.9", "123", "1,234", "0"]
-    assert costs.format_quartiles([1, 2, 3, 4, 5]) == "3.00 [2.00, 4.00]"
-    assert costs.format_quartiles([]) == "-"
+    assert [format_number(value) for value in values] == ["0.0123", "0.100", "1.00", "99.9", "123", "1,234", "0"]
+    assert format_quartiles([1, 2, 3, 4, 5]) == "3.00 [2.00, 4.00]"
+    assert format_quartiles([]) == "-"
 
 
 def test_widths_keep_their_heads():

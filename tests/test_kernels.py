@@ -231,3 +231,52 @@ def test_a_head_that_reads_patches_gets_them():
     model.model.stages[-1].blocks[-1].mlp.register_forward_hook(lambda module, args, output: seen.append(output.shape))
     model(random_images(2, 32, 32))
     assert seen[0][1] > model.config.num_prefix_tokens + 1
+
+
+def test_a_mean_of_patches_needs_them():
+    model = tiny_model(ViTCustomForImageClassification, "vit", pooling="mean")
+    with pytest.raises(ValueError, match="prefix_only=True leaves no patches for pooling='mean'"):
+        model.model(random_images(2), prefix_only=True)
+
+
+@pytest.mark.parametrize("bias", [None, (1, 3, 5, 6), (1, 1, 1, 6), (4, 1, 1, 6), (4, 3, 5, 6)], ids=str)
+@pytest.mark.parametrize("cached", [1, 2 * 30, 3 * 30, 7 * 30, 12 * 30])
+def test_parts_of_attention_make_the_whole(cached, bias, monkeypatch):
+    query, key, value = torch.randn(4, 3, 5, 8), torch.randn(4, 3, 6, 8), torch.randn(4, 3, 6, 8)
+    bias = None if bias is None else torch.randn(bias)
+    module = nn.Module().eval()
+    expected, _ = eager_attention_forward(module, query, key, value, bias, scaling=0.3)
+    monkeypatch.setattr(kernels, "CACHED_SCORES", cached)
+    with torch.no_grad():
+        found, _ = ATTENTION_FUNCTIONS["products"](module, query, key, value, bias, scaling=0.3)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_scores_that_would_fill_the_memory_are_not_kept(monkeypatch):
+    seen = []
+    usual = kernels.products_attention_forward
+    monkeypatch.setattr(
+        kernels, "products_attention_forward", lambda *args, **more: seen.append(1) or usual(*args, **more)
+    )
+    query = torch.randn(2, 3, 5, 8, dtype=torch.bfloat16)
+    module = nn.Module()
+    module.is_causal = False
+    attend = ATTENTION_FUNCTIONS["auto"]
+    few, _ = attend(module, query, query, query, None, scaling=0.3)
+    assert len(seen) == 1
+    monkeypatch.setattr(kernels, "MAX_SCORES", 2 * 2 * 3 * 5 * 5 - 1)
+    many, _ = attend(module, query, query, query, None, scaling=0.3)
+    assert len(seen) == 1
+    with torch.no_grad():  # a few heads at a time
+        attend(module, query, query, query, None, scaling=0.3)
+    assert len(seen) == 2
+    torch.testing.assert_close(few, many, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "capabilities, expected",
+    [({}, False), ({"cpu_name": "AMD EPYC"}, True), ({"cpu_name": "Intel Xeon"}, False), ({"cpu_name": "QEMU"}, False)],
+)
+def test_convolutions_are_for_processors_that_were_measured(capabilities, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert kernels.prefers_convolutions() == expected

@@ -326,6 +326,17 @@ def test_drop_path_drops_a_fixed_share_and_keeps_the_mean():
     assert torch.equal(apply_drop_path(DropPath(0.0).train(), ones), ones)
 
 
+@pytest.mark.parametrize("rate", [0.4, 0.9])
+def test_drop_path_is_right_on_average_where_the_share_is_no_whole_images(rate):
+    drop_path, ones = DropPath(rate).train(), torch.ones(4, 3, 2)
+    results = torch.stack([apply_drop_path(drop_path, ones) for _ in range(5000)])
+    kept = results[:, :, 0, 0] > 0
+    torch.testing.assert_close(results, (kept / (1 - rate))[..., None, None].expand_as(results))
+    torch.testing.assert_close(kept.float().mean(dim=0), torch.full((4,), 1 - rate), rtol=0, atol=0.03)
+    # 2.4 and 0.4 images of four are kept.
+    assert set(kept.sum(dim=1).tolist()) == {0.4: {2, 3}, 0.9: {0, 1}}[rate]
+
+
 def test_drop_path_of_less_than_an_image_drops_one_by_one():
     drop_path, ones = DropPath(0.1).train(), torch.ones(4, 3, 2)
     results = torch.stack([apply_drop_path(drop_path, ones) for _ in range(5000)])

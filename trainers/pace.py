@@ -1,5 +1,6 @@
 """How a run is getting on: images a second, waiting for data, memory, utilisation, the time that is left."""
 
+import copy
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -80,10 +81,10 @@ class Pace:
         self.images += len(pixels)
         if self.matrix_rate is not None:
             rates = [module.rate for module in self.model.modules() if isinstance(module, PatchDropout)]
-            key = (*pixels.shape[2:], *rates)
+            key = (len(pixels), *pixels.shape[2:], *rates)
             if key not in self.flops_of_image:
                 with self.pausing():
-                    self.flops_of_image[key] = count_flops(self.model, tuple(pixels.shape[2:]), drops_patches=True)
+                    self.flops_of_image[key] = count_flops(self.model, tuple(pixels.shape[2:]), len(pixels))
             self.flops += STEP_COST * len(pixels) * self.flops_of_image[key]
 
     def report(self, step: int, max_steps: int) -> dict[str, float]:
@@ -107,24 +108,27 @@ class Pace:
         return figures
 
 
-def count_flops(model: PreTrainedModel, size: tuple[int, int], drops_patches: bool = False) -> int:
+def count_flops(model: PreTrainedModel, size: tuple[int, int], batch_size: int | None = None) -> float:
     """Additions and multiplications of one image's forward pass.
 
     Args:
         model: One of this family.
         size: (H, W) of the image.
-        drops_patches: Whether patches are dropped, as in training.
+        batch_size: Count what training with so many images computes of each: without what is dropped, and without what
+            the head does not read.
     """
     rates = [module.rate for module in model.modules() if isinstance(module, PatchDropout)]
     # On a twin without memory: nothing is computed or drawn, and nobody who watches the model sees a forward pass.
     with torch.random.fork_rng([]), torch.device("meta"), torch.no_grad():
-        twin = type(model)(model.config).eval()
+        twin = type(model)(copy.deepcopy(model.config)).train(batch_size is not None)
         for module, rate in zip((each for each in twin.modules() if isinstance(each, PatchDropout)), rates):
-            module.rate, module.training = rate, drops_patches
+            module.rate = rate
+        twin.set_attn_implementation("eager")  # whose products are all seen
         with FlopCounterMode(display=False) as counter:
-            # Eager attention, whose products are all seen.
-            twin(torch.zeros(1, model.config.num_channels, *size), output_attentions=True)
-    return counter.get_total_flops()
+            images = torch.zeros(batch_size or 1, model.config.num_channels, *size)
+            # Weights are asked for where nothing is to be left out.
+            twin(images, output_attentions=batch_size is None)
+    return counter.get_total_flops() / len(images)
 
 
 def measure_matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -16,13 +16,14 @@ from .graphs import Graph, check_exportable
 
 
 OLDEST_TORCH = "2.15"
+MAX_BATCH_SIZES = 64
 
 
 class Int8Classifier(nn.Module):
     """What `to_int8` makes, for inference: images (B, C, H, W) -> logits (B, L), in fp32.
 
-    Images are of the size (C, H, W) that it was calibrated on. It compiles for every batch size that it meets, so give
-    it few different ones.
+    Images are of the size (C, H, W) that it was calibrated on. It compiles for every batch size that it meets, and
+    keeps what it compiled: give it few different ones, and 64 at most.
     """
 
     def __init__(self, graph: GraphModule, config: ViTCustomConfig, shape: tuple[int, int, int]):
@@ -42,12 +43,14 @@ class Int8Classifier(nn.Module):
         Raises:
             ValueError: for images of another size.
         """
-        import torch._inductor.config as inductor_config  # here, because few who convert models compile them
+        import torch._dynamo.config as dynamo_config  # here, because few who convert models compile them
+        import torch._inductor.config as inductor_config
 
         _check_shape(pixel_values, self.shape)
         # Frozen weights are quantised and laid out once, when it compiles.
-        with torch.autocast("cpu", torch.bfloat16), inductor_config.patch(freezing=True):
-            (logits,) = self.graph(pixel_values.float())
+        compiling = dynamo_config.patch(recompile_limit=MAX_BATCH_SIZES), inductor_config.patch(freezing=True)
+        with torch.autocast("cpu", torch.bfloat16), compiling[0], compiling[1]:
+            (logits,) = self.graph(pixel_values.float().contiguous())
             return ViTCustomImageClassifierOutput(logits=logits.float())
 
 

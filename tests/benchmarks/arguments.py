@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from modeling_vit_custom.command_line import positive
+
 
 def add_output(parser: argparse.ArgumentParser, help_text: str) -> None:
     parser.add_argument("--output", type=output_file, metavar="FILE", help=help_text)
@@ -18,6 +20,14 @@ def output_file(text: str) -> Path:
     if not Path(text).resolve().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: there is no folder {Path(text).resolve().parent}")
     return Path(text)
+
+
+def image_side(text: str) -> int:
+    """Side in pixels of images that the patches of every model's last stage fill: 32 pixels wide in Swin and PVT."""
+    side = positive(text)
+    if side % 32:
+        raise argparse.ArgumentTypeError(f"the image size {side} must be a multiple of 32")
+    return side
 
 
 def device(text: str) -> str:

@@ -29,8 +29,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 # The folder above holds this package; so the file runs as a script and as a module alike.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.arguments import add_output
-from benchmarks.costs import format_quartiles
+from benchmarks.arguments import add_output, image_side
 from benchmarks.environment import describe_environment, format_environment
 from benchmarks.labelled import format_change, open_rows
 from benchmarks.peers import (
@@ -42,12 +41,11 @@ from benchmarks.peers import (
     randomise,
     set_attention,
 )
-from benchmarks.steps import MIN_ROUNDS, describe_error, rotated, time_step
+from benchmarks.steps import MIN_ROUNDS, describe_error, format_quartiles, rotated, time_step
 from modeling_vit_custom.command_line import positive, report_user_errors
 from modeling_vit_custom.convert import from_transformers, to_int8
 from trainers.bootstrap import mean_intervals
 from trainers.memory import keep_freed_memory
-from trainers.run_facts import hide_folders
 
 
 MODELS = ("ViT-S", "ViT-B", "DeiT-S distilled", "Swin-T", "PVT-T")
@@ -72,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
             arguments.output.write_text("\n\n".join(report) + "\n")
 
     with report_user_errors("best.py"):
-        environment = describe_environment("best.py", list(map(hide_folders, argv)), "cpu")
+        environment = describe_environment("best.py", argv, "cpu")
         accuracy = [measure_accuracy(arguments)] if arguments.data else []
     add(header(environment, arguments))
     for part in accuracy:
@@ -89,7 +87,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL", help=f"of {', '.join(MODELS)} "
         "(default: all)")  # fmt: skip
     add("--batch_size", type=positive, default=8, help="images at once (default: 8)")
-    add("--image_size", type=positive, default=224, help="side in pixels (default: 224)")
+    add("--image_size", type=image_side, default=224, help="side in pixels (default: 224)")
     add("--seconds", type=float, default=30.0, help="time for the rounds of a model (default: 30)")
     add("--data", type=Path, help="folder with train.parquet and test.parquet of CIFAR-10, for accuracy")
     add("--calibration_images", type=positive, default=500, help="of train.parquet (default: 500)")

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from model_cards.environment import code_commit, cpu_model
+from trainers.run_facts import hide_folders
 
 
 Environment = dict[str, str | float]
@@ -17,13 +18,13 @@ Environment = dict[str, str | float]
 # Of these, several measurements tell the first and the last value, or the least and the greatest.
 RANGES = ("date", "load average at the start")
 # Where these differ, figures cannot stand in one table.
-MACHINE = ("CPU", "GPU", "versions", "fp32 products")
+COMMON = ("CPU", "GPU", "versions", "fp32 products", "code")
 
 
 def describe_environment(script: str, argv: list[str], device: str) -> Environment:
     """What somebody needs to repeat a run, as it is printed above its table."""
     environment: Environment = {
-        "command": shlex.join(["python", f"tests/benchmarks/{script}", *argv]),
+        "command": shlex.join(["python", f"tests/benchmarks/{script}", *map(hide_folders, argv)]),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "CPU": f"{cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}",
@@ -54,9 +55,9 @@ def merge_environments(environments: list[Environment]) -> Environment:
     return merged
 
 
-def check_same_machine(earlier: Environment, now: Environment) -> None:
+def check_comparable(earlier: Environment, now: Environment) -> None:
     """Raise ValueError if figures of the two cannot stand in one table."""
-    for name in MACHINE:
+    for name in COMMON:
         if earlier.get(name) != now.get(name):
             before, here = (each.get(name, "none") for each in (earlier, now))
             raise ValueError(

@@ -42,17 +42,17 @@ from tqdm import tqdm
 # The folder above holds this package; so the file runs as a script and as a module alike.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.arguments import add_device, add_output
-from benchmarks.costs import format_quartiles, make_step
+from benchmarks.costs import make_step
 from benchmarks.environment import describe_environment, format_environment
-from benchmarks.steps import MIN_ROUNDS, rotated, time_step
+from benchmarks.steps import MIN_ROUNDS, format_quartiles, rotated, time_step
 from model_cards.figures import GROUP_COLORS
 from modeling_vit_custom.command_line import not_negative, positive, report_user_errors
 from trainers.arguments import COMMON_GROUPS, DataArguments, TrainingArguments, TrainingCommand
 from trainers.arguments import parse_arguments as parse_training_arguments
 from trainers.data import IMAGE, TRAIN, label_names, load_splits
 from trainers.draws import Draws
+from trainers.memory import keep_freed_memory
 from trainers.models import make_model, read_processor
-from trainers.run_facts import hide_folders
 from trainers.runs import load_training_splits, prepare_images
 
 
@@ -102,7 +102,7 @@ class Parts:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     arguments = parse_arguments(argv)
-    environment = describe_environment("loop.py", list(map(hide_folders, argv)), arguments.device)
+    environment = describe_environment("loop.py", argv, arguments.device)
     runs, parts = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -110,6 +110,8 @@ def main(argv: list[str] | None = None) -> None:
             photographs = read_photographs(arguments.data)
             write_photographs(photographs, arguments, folder / "images")
             bare = BareParts(arguments, folder)
+        if arguments.device == "cpu":
+            keep_freed_memory()  # as the runs do
         report = [header(environment, photographs, arguments)]
         print(report[0], flush=True)
         turns = [None, *itertools.product(arguments.workers, AUGMENTED_BY)]

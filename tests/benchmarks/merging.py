@@ -21,16 +21,14 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 # The folder above holds this package; so the file runs as a script and as a module alike.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.arguments import add_device, add_output
-from benchmarks.costs import format_quartiles
 from benchmarks.environment import describe_environment, format_environment
 from benchmarks.labelled import format_change, open_rows
-from benchmarks.speed import count_flops
-from benchmarks.steps import rotated, time_step
+from benchmarks.steps import format_quartiles, rotated, time_step
 from modeling_vit_custom import ViTCustomForImageClassification
 from modeling_vit_custom.command_line import positive, report_user_errors
 from trainers.bootstrap import mean_intervals
 from trainers.memory import keep_freed_memory
-from trainers.run_facts import hide_folders
+from trainers.pace import count_flops
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     with report_user_errors("merging.py"):
         models = open_models(arguments)
         batches = load_batches(arguments)
-    environment = describe_environment("merging.py", list(map(hide_folders, argv)), arguments.device)
+    environment = describe_environment("merging.py", argv, arguments.device)
     keep_freed_memory()
     seconds, right = measure(models, batches, arguments.device)
     report = format_report(models, seconds, right, environment, arguments)
@@ -127,7 +125,7 @@ def format_report(
 ) -> str:
     config = models[0].config
     rows, columns = config.stages[0].grid_size
-    flops = {count: count_flops(model, config.native_size[0]) for count, model in models.items()}
+    flops = {count: count_flops(model, config.native_size) for count, model in models.items()}
     differences = np.stack([right[count] - right[0] for count in models], axis=1)
     lines = []
     for count, interval in zip(models, mean_intervals(differences, 1000, 0)):

@@ -40,10 +40,10 @@ from tqdm import tqdm
 
 # The folder above holds this package; so the file runs as a script and as a module alike.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.arguments import add_device, add_output
+from benchmarks.arguments import add_device, add_output, image_side
 from benchmarks.environment import (
     Environment,
-    check_same_machine,
+    check_comparable,
     describe_environment,
     format_environment,
     merge_environments,
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.report and not records:
             raise ValueError(f"{file}: there are no rows to report")
         if records and not arguments.report:
-            check_same_machine(records[-1].environment, describe_environment("speed.py", argv, arguments.device))
+            check_comparable(records[-1].environment, describe_environment("speed.py", argv, arguments.device))
     if not arguments.report:
         measure(records, file, arguments, argv)
     report = format_report(records, arguments.output)
@@ -235,12 +235,12 @@ def workload(text: str) -> tuple[str, int, int]:
         raise argparse.ArgumentTypeError(f"{text!r} must be MODE:IMAGE_SIZE:BATCH_SIZE, MODE of {', '.join(MODES)}")
     try:
         image_size, batch_size = map(positive, numbers)
+        if image_size >= SMALL_SIDE:
+            image_side(numbers[0])
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
-    # The patches of the last stage, 32 pixels wide in Swin and PVT.
-    multiple = 4 if image_size < SMALL_SIDE else 32
-    if image_size % multiple:
-        raise argparse.ArgumentTypeError(f"{text!r}: the image size {image_size} must be a multiple of {multiple}")
+    if image_size < SMALL_SIDE and image_size % 4:
+        raise argparse.ArgumentTypeError(f"{text!r}: the image size {image_size} must be a multiple of 4")
     return mode, image_size, batch_size
 
 
@@ -319,7 +319,9 @@ def build_contenders(name: str, image_size: int) -> list[Contender]:
                 load_into_timm(contender.model, ours)
             with torch.inference_mode():
                 contender.max_difference = max_difference(logits_of(contender.model, images), expected)
-        if pads_windows(ours):
+        if contender.error is not None:
+            continue
+        if pads_windows(ours) and math.isfinite(contender.max_difference):
             contender.note = "pads differently"
         elif not contender.max_difference <= MAX_DIFFERENCE:
             contender.note = f"**not the same model**: logits differ from ours by {contender.max_difference:.1e}"

@@ -1,10 +1,12 @@
-"""Steps of several models in turn: what each takes of time and of memory."""
+"""Steps of several models in turn: what each takes of time and of memory, and how that is written."""
 
 import ctypes
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 
@@ -64,3 +66,17 @@ def read_peak() -> int:
 def describe_error(error: Exception) -> str:
     """The kind of error and its message in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def format_quartiles(values: Sequence[float], write: Callable[[float], str] | None = None) -> str:
+    """`median [first quartile, third quartile]`, each written by `write`, by default with three digits that matter."""
+    if not values:
+        return "-"
+    low, median, high = map(write or format_number, np.percentile(values, [25, 50, 75]))
+    return f"{median} [{low}, {high}]"
+
+
+def format_number(value: float) -> str:
+    """Three digits that matter, or all before the point: 0.0123, 1.23, 12.3, 1,234."""
+    digits = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
+    return f"{value:,.{digits}f}"
