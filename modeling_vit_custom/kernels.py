@@ -21,7 +21,9 @@ def prefers_convolutions() -> bool:
 PREFERS_CONVOLUTIONS = prefers_convolutions()
 
 
-# From this number of rows on, a convolution is faster in bfloat16.
+# From this number of multiplications on, a convolution is faster in single precision.
+LARGE_PRODUCT = 10**7
+# From this number of rows on, it is in bfloat16.
 MANY_ROWS = 4096
 # What rows of an intermediate result may take, in bytes, so that they stay in the caches of a CPU.
 CACHED_BYTES = 2**23
@@ -54,7 +56,7 @@ def is_convolution(input: Tensor, weight: Tensor) -> bool:
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
     if dtype == torch.bfloat16:  # products are oneDNN's as well, but add the bias on their own
         return not torch.compiler.is_compiling() and input.numel() >= MANY_ROWS * input.shape[-1]
-    return dtype == input.dtype == weight.dtype == torch.float32
+    return dtype == input.dtype == weight.dtype == torch.float32 and input.numel() * weight.shape[0] >= LARGE_PRODUCT
 
 
 class Linear(nn.Linear):

@@ -13,6 +13,7 @@ from modeling_vit_custom.modeling_vit_custom import PatchProjection, WindowLayou
 @pytest.fixture
 def prefers_convolutions(monkeypatch):
     monkeypatch.setattr(kernels, "PREFERS_CONVOLUTIONS", True)
+    monkeypatch.setattr(kernels, "LARGE_PRODUCT", 0)
 
 
 def twins(bias=True):
@@ -79,6 +80,12 @@ def test_many_rows_are_a_convolution_in_bfloat16(autocast, prefers_convolutions,
     found = torch.autograd.grad(outputs.float().sum(), list(layer.parameters()))
     right = torch.autograd.grad(expected.float().sum(), list(plain.parameters()))
     torch.testing.assert_close(found, right, rtol=0.02, atol=0.02)
+
+
+def test_small_products_stay_products(monkeypatch):
+    monkeypatch.setattr(kernels, "PREFERS_CONVOLUTIONS", True)
+    weight = torch.randn(192, 192)
+    assert [is_convolution(torch.randn(1, rows, 192), weight) for rows in (65, 1024)] == [False, True]
 
 
 def test_other_weights_and_dtypes_stay_products(prefers_convolutions):
