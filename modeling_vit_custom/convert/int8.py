@@ -48,8 +48,11 @@ class Int8Classifier(nn.Module):
 
         _check_shape(pixel_values, self.shape)
         # Frozen weights are quantised and laid out once, when it compiles.
-        compiling = dynamo_config.patch(recompile_limit=MAX_BATCH_SIZES), inductor_config.patch(freezing=True)
-        with torch.autocast("cpu", torch.bfloat16), compiling[0], compiling[1]:
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            dynamo_config.patch(recompile_limit=MAX_BATCH_SIZES),
+            inductor_config.patch(freezing=True),
+        ):
             (logits,) = self.graph(pixel_values.float().contiguous())
             return ViTCustomImageClassifierOutput(logits=logits.float())
 
