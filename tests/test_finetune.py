@@ -292,7 +292,7 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys):
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with log.open("w") as stderr, subprocess.Popen(command, stderr=stderr, preexec_fn=heed) as process:
         try:
-            while not list(tmp_path.glob("checkpoint-*/trainer_state.json")):
+            while last_checkpoint(tmp_path) is None:
                 assert process.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.05)

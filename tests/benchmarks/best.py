@@ -14,7 +14,6 @@ import copy
 import sys
 import time
 import types
-from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -41,7 +40,7 @@ from benchmarks.peers import (
     randomise,
     set_attention,
 )
-from benchmarks.steps import MIN_ROUNDS, describe_error, format_quartiles, rotated, time_step
+from benchmarks.steps import MIN_ROUNDS, Step, describe_error, format_quartiles, rotated, time_step
 from modeling_vit_custom.command_line import positive, report_user_errors
 from modeling_vit_custom.convert import from_transformers, to_int8
 from trainers.bootstrap import mean_intervals
@@ -53,8 +52,6 @@ KINDS = ("eager", "compiled", "frozen")
 ROOT = Path(__file__).resolve().parents[2]
 TRAINED = ROOT / "spaces" / "cifar10_vit"
 INT8 = "ours, int8"
-
-Step = Callable[[], Tensor]
 
 
 def main(argv: list[str] | None = None) -> None:

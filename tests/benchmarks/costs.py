@@ -42,9 +42,11 @@ from benchmarks.arguments import add_device, add_output
 from benchmarks.environment import describe_environment, format_environment
 from benchmarks.steps import (
     MIN_ROUNDS,
+    Step,
     describe_error,
     format_number,
     format_quartiles,
+    make_training_step,
     measure_rise,
     rotated,
     time_step,
@@ -75,8 +77,6 @@ SMALLER = 160 / 224  # side of a smaller image
 # Patches merged in each block, of https://arxiv.org/abs/2210.09461, table 4, that of ViT-S among them.
 MERGED = (8, 13, 16)
 FASTER = (13, 16)  # of these, what is to be 1.5 times as fast
-
-Step = Callable[[], Tensor]
 
 
 @dataclass
@@ -360,18 +360,13 @@ def make_step(model: PreTrainedModel, images: Tensor, dtype: str) -> Step:
     if not model.training:
         return infer
     labels = torch.arange(len(images), device=images.device) % max(model.config.num_labels, 1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
-    def train() -> Tensor:
+    def compute_loss() -> Tensor:
         with autocast():
             output = model(images)
-        loss = output.loss if output.loss is not None else F.cross_entropy(output.logits.float(), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
+        return output.loss if output.loss is not None else F.cross_entropy(output.logits.float(), labels)
 
-    return train
+    return make_training_step(model.parameters(), compute_loss)
 
 
 # --------------------------------------------------------------------------------------------------------- reporting

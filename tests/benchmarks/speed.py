@@ -60,7 +60,7 @@ from benchmarks.peers import (
     randomise,
     set_attention,
 )
-from benchmarks.steps import MIN_ROUNDS, describe_error, measure_rise, rotated, time_step
+from benchmarks.steps import MIN_ROUNDS, Step, describe_error, make_training_step, measure_rise, rotated, time_step
 from model_cards.figures import GROUP_COLORS
 from modeling_vit_custom.command_line import positive, report_user_errors
 from trainers.memory import keep_freed_memory
@@ -156,9 +156,6 @@ class Record:
     environment: Environment
     matrix_rates: list[float]
     measurements: dict[str, Measurement]
-
-
-Step = Callable[[], Tensor]
 
 
 @dataclass
@@ -404,7 +401,8 @@ def make_step(model: nn.Module, row: Row, images: Tensor, labels: Tensor) -> Ste
     model, images = copy.deepcopy(model).to(images.device, dtype), images.to(dtype)
     if row.mode == "inference":
         return make_inference_step(model, images, row.compiled)
-    return make_training_step(model, images, labels, row.compiled, row.dtype == "autocast")
+    compute_loss = make_loss(model, images, labels, row.compiled, row.dtype == "autocast")
+    return make_training_step(model.parameters(), compute_loss)
 
 
 def make_inference_step(model: nn.Module, images: Tensor, compiled: bool) -> Step:
@@ -418,22 +416,17 @@ def make_inference_step(model: nn.Module, images: Tensor, compiled: bool) -> Ste
     return step
 
 
-def make_training_step(model: nn.Module, images: Tensor, labels: Tensor, compiled: bool, autocast: bool) -> Step:
-    """Forward, cross-entropy in fp32, backward and an AdamW step, the same for every library."""
+def make_loss(model: nn.Module, images: Tensor, labels: Tensor, compiled: bool, autocast: bool) -> Step:
+    """The cross-entropy of a forward pass in training mode, in fp32."""
     model.train()
     forward = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
 
-    def step() -> Tensor:
+    def compute_loss() -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
             logits = logits_of(forward, images)
-        loss = F.cross_entropy(logits.float(), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
+        return F.cross_entropy(logits.float(), labels)
 
-    return step
+    return compute_loss
 
 
 def measure_peak(step: Step, device: str) -> float | None:
