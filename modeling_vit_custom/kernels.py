@@ -23,6 +23,8 @@ PREFERS_CONVOLUTIONS = prefers_convolutions()
 
 # From this number of multiplications on, a convolution is faster in single precision.
 LARGE_PRODUCT = 10**7
+# How high, and how many, its images are when it is compiled.
+COMPILED_HEIGHT = 2
 # From this number of rows on, it is in bfloat16.
 MANY_ROWS = 4096
 # What rows of an intermediate result may take, in bytes, so that they stay in the caches of a CPU.
@@ -41,8 +43,10 @@ def dense(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not is_convolution(input, weight):
         return F.linear(input, weight, bias)
-    # (..., D) -> (1, D, 1, rows), a view with the channels last.
-    pixels = input.reshape(1, 1, -1, input.shape[-1]).permute(0, 3, 1, 2)
+    # (..., D) -> (1, D, 1, rows), a view with the channels last, or (2, D, 2, rows / 4) for the compiler, which forgets
+    # the strides of sides of 1, would take the channels for the first, and copy.
+    height = COMPILED_HEIGHT if torch.compiler.is_compiling() else 1
+    pixels = input.reshape(height, height, -1, input.shape[-1]).permute(0, 3, 1, 2)
     output = F.conv2d(pixels, weight[:, :, None, None], bias)
     return output.permute(0, 2, 3, 1).reshape(*input.shape[:-1], weight.shape[0])
 
@@ -56,6 +60,8 @@ def is_convolution(input: Tensor, weight: Tensor) -> bool:
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
     if dtype == torch.bfloat16:  # products are oneDNN's as well, but add the bias on their own
         return not torch.compiler.is_compiling() and input.numel() >= MANY_ROWS * input.shape[-1]
+    if torch.compiler.is_compiling() and input.shape[:-1].numel() % COMPILED_HEIGHT**2:
+        return False
     return dtype == input.dtype == weight.dtype == torch.float32 and input.numel() * weight.shape[0] >= LARGE_PRODUCT
 
 

@@ -52,7 +52,9 @@ def test_costs_are_tabulated_with_every_time_and_drawn(tmp_path: Path, capsys: p
     output = tmp_path / "costs.md"
     costs.main([*QUICK_COSTS, "--dtypes", "bfloat16", "--output", str(output)])
     text = output.read_text()
-    assert text.strip() in capsys.readouterr().out
+    tables, picture = text.strip().rsplit("\n\n", 1)
+    assert tables in capsys.readouterr().out
+    assert picture == "![Time an image](costs.png)"
     assert "- CPU: " in text and f"--models {VIT} {SWIN}" in text
     rows = read_rows(text)
     savings, points = [row for row in rows if row[0] not in (VIT, SWIN)], [row for row in rows if row[0] in (VIT, SWIN)]
@@ -274,7 +276,9 @@ def test_loop_compares_runs_with_the_bare_step(photographs: Path, tmp_path: Path
     argv = ["--data", str(photographs), *QUICK_LOOP, "--workers", "1", "--repeats", "2", "--seconds", "0"]
     loop.main([*argv, "--no_progress", "--output", str(output)])
     text = output.read_text()
-    assert text.strip() == capsys.readouterr().out.strip()
+    tables, picture = text.strip().rsplit("\n\n", 1)
+    assert tables == capsys.readouterr().out.strip()
+    assert picture.endswith("](loop.png)")
     assert str(tmp_path) not in text and "- data: 5 JPEG files, at the median 40 pixels wide, 30 high" in text
     rows = read_rows(text)
     assert [row[:2] for row in rows] == [

@@ -64,6 +64,21 @@ def test_derivatives_of_other_kinds_go_through_a_convolution(prefers_convolution
     torch.testing.assert_close(torch.func.vmap(layer)(inputs), plain(inputs))
 
 
+def test_the_compiler_sees_where_the_channels_are(prefers_convolutions):
+    layer, seen = Linear(24, 40), []
+
+    def keep_shapes(graph, _):
+        nodes = [node for node in graph.graph.nodes if node.op == "call_function" and "conv2d" in str(node.target)]
+        seen.append([tuple(node.args[0].meta["example_value"].shape) for node in nodes])
+        return graph.forward
+
+    compiled = torch.compile(layer, backend=keep_shapes, dynamic=False)
+    for shape, views in {(3, 4, 24): [(2, 24, 2, 3)], (3, 5, 24): []}.items():
+        inputs = torch.randn(shape)
+        torch.testing.assert_close(compiled(inputs), layer(inputs), rtol=1e-5, atol=1e-6)
+        assert seen.pop() == views
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_many_rows_are_a_convolution_in_bfloat16(autocast, prefers_convolutions, monkeypatch):
     monkeypatch.setattr(kernels, "MANY_ROWS", 4)

@@ -456,13 +456,15 @@ def write(
     arguments: argparse.Namespace, environment: dict[str, str], report: Sequence[str], measured: Sequence[Case]
 ) -> None:
     """The tables, every time beside them, and a picture of the curves if there are any."""
-    arguments.output.write_text("\n\n".join(report) + "\n", encoding="utf-8")
     records = [{"environment": environment, "arguments": vars(arguments)}, *map(asdict, measured)]
     lines = (json.dumps(record, default=str) for record in records)
     arguments.output.with_suffix(".jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    curves = [case for case in measured if case.part in CURVES and case.times]
+    curves, picture = [case for case in measured if case.part in CURVES and case.times], []
     if curves:
-        plot_curves(curves).savefig(arguments.output.with_suffix(".png"), dpi=150)
+        file = arguments.output.with_suffix(".png")
+        plot_curves(curves).savefig(file, dpi=150)
+        picture = [f"![Time an image]({file.name})"]
+    arguments.output.write_text("\n\n".join([*report, *picture]) + "\n", encoding="utf-8")
 
 
 def plot_curves(cases: Sequence[Case]) -> Figure:

@@ -392,14 +392,16 @@ def write(
     parts: Sequence[Parts],
 ) -> None:
     """The tables, every figure beside them, and a picture."""
-    arguments.output.write_text("\n\n".join(report) + "\n", encoding="utf-8")
+    picture = arguments.output.with_suffix(".png")
+    plot_runs(runs, parts, arguments).savefig(picture, dpi=150)
+    text = "\n\n".join([*report, f"![Images a second, and time waiting for data]({picture.name})"])
+    arguments.output.write_text(text + "\n", encoding="utf-8")
     without_folders = {
         name: value.name if isinstance(value, Path) else value for name, value in vars(arguments).items()
     }
     records = [{"environment": environment, "arguments": without_folders}, *map(asdict, [*parts, *runs])]
     lines = map(json.dumps, records)
     arguments.output.with_suffix(".jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    plot_runs(runs, parts, arguments).savefig(arguments.output.with_suffix(".png"), dpi=150)
 
 
 def plot_runs(runs: Sequence[Run], parts: Sequence[Parts], arguments: argparse.Namespace) -> Figure:
