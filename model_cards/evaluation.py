@@ -1,9 +1,5 @@
 """The page of an evaluation: report.md with its figures, rendered from what was measured, and evaluation.json."""
 
-import json
-import math
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +13,8 @@ from model_cards.figures import (
     plot_confusion_matrix,
     plot_robustness,
 )
-from model_cards.rendering import FIGURE_DPI, METRIC_TITLES, break_lines, escape_markdown, fence
+from model_cards.pages import show, tabulate, to_json, write_page
+from model_cards.rendering import METRIC_TITLES, break_lines, escape_markdown, fence
 
 
 FACTS, REPORT = "evaluation.json", "report.md"
@@ -41,17 +38,8 @@ def write_evaluation(folder: Path, facts: Mapping, pictures: Mapping[str, Figure
         pictures: Figures that show images, by their names in `FILES`.
     """
     drawn = draw_figures(facts) | dict(pictures)
-    folder.mkdir(parents=True, exist_ok=True)
-    # All is made before anything that is there goes.
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".evaluation_") as made:
-        for name, figure in drawn.items():
-            figure.savefig(Path(made, name), dpi=FIGURE_DPI)
-        Path(made, REPORT).write_text(render_evaluation(facts, drawn.keys()), encoding="utf-8")
-        Path(made, FACTS).write_text(_to_json(facts), encoding="utf-8")
-        for name in FILES:
-            (folder / name).unlink(missing_ok=True)
-        for file in Path(made).iterdir():
-            shutil.move(file, folder / file.name)
+    texts = {REPORT: render_evaluation(facts, drawn.keys()), FACTS: to_json(facts)}
+    write_page(folder, texts, drawn, FILES)
 
 
 def draw_figures(facts: Mapping) -> dict[str, Figure]:
@@ -89,15 +77,15 @@ def render_evaluation(facts: Mapping, figures: Sequence[str] = ()) -> str:
     parts = [f"# {model} on {data}", _describe(facts), _tabulate_results(facts)]
     if SIZES in figures or len(facts["variants"]) > 1:
         parts += ["## Image sizes and mirror images", _tabulate_variants(facts)]
-        parts += [_show(SIZES, "Accuracy by image size")] if SIZES in figures else []
+        parts += [show(SIZES, "Accuracy by image size")] if SIZES in figures else []
     if "robustness" in facts:
         parts += ["## Robustness", *_describe_robustness(facts, figures)]
     parts += ["## Mistakes"]
     if MISTAKES in figures:
-        parts += ["The images that it is most sure of and wrong about.", _show(MISTAKES, "Its surest mistakes")]
+        parts += ["The images that it is most sure of and wrong about.", show(MISTAKES, "Its surest mistakes")]
     else:
         parts += ["No image was misclassified."]
-    parts += [_show(CONFUSION_MATRIX, "Confusion matrix"), "## Confidence", _show(RELIABILITY, "Reliability diagram")]
+    parts += [show(CONFUSION_MATRIX, "Confusion matrix"), "## Confidence", show(RELIABILITY, "Reliability diagram")]
     parts += ["## Classes", *_tabulate_classes(facts), "## How it was measured", *_describe_settings(facts)]
     return "\n\n".join(parts) + "\n"
 
@@ -133,7 +121,7 @@ def _describe(facts: Mapping) -> str:
 
 def _tabulate_results(facts: Mapping) -> str:
     rows = [(METRIC_TITLES[name], *_split_figure(name, facts["results"][name])) for name in _order(facts["results"])]
-    table = _table(("Figure", "Value", f"{facts['bootstrap']['coverage']:.0%} interval"), rows)
+    table = tabulate(("Figure", "Value", f"{facts['bootstrap']['coverage']:.0%} interval"), rows)
     return (
         f"{table}\n\nIntervals are percentiles of {facts['bootstrap']['resamples']:,} bootstrap draws of the images: "
         "they say how far figures would move with other images of the same kind. That of the calibration error lies "
@@ -154,7 +142,7 @@ def _tabulate_variants(facts: Mapping) -> str:
         for row in facts["variants"]
     ]
     titles = ("Pixels", *(["Mirror image"] if has_flips else []), *(METRIC_TITLES[name] for name in names))
-    table = _table(titles, rows)
+    table = tabulate(titles, rows)
     if has_flips:
         table += (
             "\n\nWith its mirror image, the probabilities of an image are the mean of those of both "
@@ -179,10 +167,10 @@ def _describe_robustness(facts: Mapping, figures: Sequence[str]) -> list[str]:
         ("Mean corruption error", *_split_figure("accuracy", corrupted)),
         ("The same, less the error without corruption", *_split_figure("accuracy", robustness["added_error"])),
     ]
-    parts = [text, _table(("Figure", "Value", f"{facts['bootstrap']['coverage']:.0%} interval"), rows)]
-    parts += [_show(ROBUSTNESS, "Accuracy by corruption and severity")] if ROBUSTNESS in figures else []
+    parts = [text, tabulate(("Figure", "Value", f"{facts['bootstrap']['coverage']:.0%} interval"), rows)]
+    parts += [show(ROBUSTNESS, "Accuracy by corruption and severity")] if ROBUSTNESS in figures else []
     parts.append(
-        _table(
+        tabulate(
             ("Corruption", "Kind", "Mean error", *(f"Accuracy at {severity}" for severity in severities)),
             [
                 (
@@ -195,7 +183,7 @@ def _describe_robustness(facts: Mapping, figures: Sequence[str]) -> list[str]:
             ],
         )
     )
-    parts += [_show(CORRUPTIONS, "An image under each corruption")] if CORRUPTIONS in figures else []
+    parts += [show(CORRUPTIONS, "An image under each corruption")] if CORRUPTIONS in figures else []
     return parts
 
 
@@ -203,15 +191,15 @@ def _tabulate_classes(facts: Mapping) -> list[str]:
     titles = ("Class", "Images", "Recall", f"{facts['bootstrap']['coverage']:.0%} interval", "Most often taken for")
     rows = [row for row in facts["classes"] if row["images"]]
     if len(rows) <= MAX_CLASSES:
-        return [_table(titles, [_list_class(row) for row in rows])]
+        return [tabulate(titles, [_list_class(row) for row in rows])]
     # At equal recall the class with more images comes first: its recall is the better known of the two.
     worst = sorted(rows, key=lambda row: (row["recall"]["value"], -row["images"]))[:NUM_EXTREME]
     best = sorted(rows, key=lambda row: (-row["recall"]["value"], -row["images"]))[:NUM_EXTREME]
     return [
         f"The {NUM_EXTREME} that are recognised worst of {len(rows):,}; all of them are in `{FACTS}`.",
-        _table(titles, [_list_class(row) for row in worst]),
+        tabulate(titles, [_list_class(row) for row in worst]),
         "And best:",
-        _table(titles, [_list_class(row) for row in best]),
+        tabulate(titles, [_list_class(row) for row in best]),
     ]
 
 
@@ -231,7 +219,7 @@ def _describe_settings(facts: Mapping) -> list[str]:
         **facts["versions"],
     }
     rows = [(name, escape_markdown(fact)) for name, fact in known.items() if fact is not None]
-    return [fence(break_lines(facts["command"]), "bash"), _table(("", ""), rows)]
+    return [fence(break_lines(facts["command"]), "bash"), tabulate(("", ""), rows)]
 
 
 def _order(results: Mapping) -> list[str]:
@@ -261,31 +249,3 @@ def _split_figure(name: str, figure: Mapping) -> tuple[str, str]:
 
 def _link(name: str, url: str | None) -> str:
     return escape_markdown(name) if url is None else f"[{escape_markdown(name)}]({url})"
-
-
-def _show(name: str, title: str) -> str:
-    return f"![{title}]({name})"
-
-
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _to_json(facts: Mapping) -> str:
-    """One fact a line: a confusion matrix of a thousand classes would else be a million lines."""
-    lines = [f" {json.dumps(name)}: {_dump(value)}" for name, value in facts.items()]
-    return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def _dump(value: object) -> str:
-    return json.dumps(_without_nan(value), ensure_ascii=False, allow_nan=False)
-
-
-def _without_nan(value: object) -> object:
-    """JSON has no word for what is not known but null."""
-    if isinstance(value, Mapping):
-        return {name: _without_nan(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(each) for each in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,7 +1,7 @@
 """What is known of a training run: all that its card says, in a file beside the weights."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -93,6 +93,24 @@ class TrainingRun:
             if self.confusion_matrix.shape != (num_classes, num_classes):
                 shape = self.confusion_matrix.shape
                 raise ValueError(f"a confusion matrix of shape {shape} does not fit {num_classes} label names")
+
+    @property
+    def sights(self) -> int | None:
+        """Images of all steps of training, each as often as it was seen."""
+        epochs = [entry["epoch"] for entry in self.log_history if "epoch" in entry]
+        size = (self.split_sizes or {}).get("train")
+        return round(max(epochs) * size) if epochs and size else None
+
+
+def list_origins(runs: Iterable[TrainingRun]) -> dict[str, str]:
+    """Hardware, code and versions of several runs, each with all that there were."""
+    found = {}
+    for run in runs:
+        known = {"Hardware": run.hardware, "Code": run.commit and f"vit-custom, commit {run.commit}"}
+        for name, fact in {**known, **(run.versions or {})}.items():
+            if fact is not None:
+                found.setdefault(name, {})[fact] = None
+    return {name: "; ".join(facts) for name, facts in found.items()}
 
 
 def is_fraction(metric: str) -> bool:

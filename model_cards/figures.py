@@ -4,22 +4,31 @@ Figures are built with matplotlib's object API. pyplot would keep every figure a
 window system; here `figure.savefig(path)` draws with Agg and nothing is left behind.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import PowerNorm, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import (
+    EngFormatter,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+    PercentFormatter,
+)
 
 
 # Two colours of the Okabe-Ito palette: told apart by readers with any kind of colour vision.
 TRAIN_COLOR = "#0072B2"
 EVAL_COLOR = "#D55E00"
-# Four more of that palette.
-GROUP_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+# More of that palette.
+GROUP_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MIN_IMAGES_OF_BIN = 10
 
 # What the Trainer logs -> panel, line, colour.
@@ -327,6 +336,46 @@ def plot_corruptions(
             if row == 0:
                 title = "clean" if column == first + 1 else str(severities[column - first - 2])
                 panels[row, column].set_title(title, fontsize=9)
+    return figure
+
+
+def plot_scaling(panels: Sequence[Mapping]) -> Figure:
+    """Draws errors against what was varied, a panel for each quantity, all axes logarithmic.
+
+    Args:
+        panels: Each with a `title` and `lines`: a `label`, a `group` whose lines share a colour, a `shade` of it from 0
+            to 1, `points` (x, error, lowest, highest of the seeds), and a `curve` or none: `x`, `error`, `low`, `high`.
+    """
+    figure = Figure(figsize=(4.4 * len(panels) + 0.3, 4.4), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1)
+    groups = list(dict.fromkeys(line["group"] for panel in panels for line in panel["lines"]))
+    colors = dict(zip(groups, itertools.cycle(GROUP_COLORS)))
+    for axes, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
+        for line in panel["lines"]:
+            color = np.array(to_rgb(colors[line["group"]]))
+            color = tuple(color + (1 - color) * 0.6 * line["shade"])
+            x, error, low, high = np.array(line["points"]).T
+            spread = np.stack([error - low, high - error]).clip(min=0)
+            axes.errorbar(x, error, spread, label=line["label"], color=color, fmt="o", markersize=4, capsize=2)
+            if line["curve"] is not None:
+                curve = line["curve"]
+                axes.plot(curve["x"], curve["error"], color=color, linewidth=1.4)
+                axes.fill_between(curve["x"], curve["low"], curve["high"], color=color, alpha=0.15, linewidth=0)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel(panel["title"])
+        low, high = axes.get_xlim()
+        axes.xaxis.set_major_locator(LogLocator(10, subs=(1,) if high > 100 * low else (1, 2, 5)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 3, 5, 7)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        _tidy(axes)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{100 * value:g}%"))
+    axes = figure.axes[0]
+    axes.set_ylabel("error")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=9)
     return figure
 
 

@@ -354,7 +354,7 @@ def _list_training_facts(run: TrainingRun) -> list[tuple[str, str]]:
     facts = {
         "Seed": None if run.seed is None else str(run.seed),
         "Hardware": run.hardware,
-        "Wall time": None if run.wall_time is None else _format_duration(run.wall_time),
+        "Wall time": None if run.wall_time is None else format_duration(run.wall_time),
         "Speed": None if run.images_per_second is None else f"{run.images_per_second:,.0f} images a second",
         "Peak memory": None if run.peak_memory is None else f"{run.peak_memory / 2**30:.2f} GiB",
         "Energy": None if run.energy is None else f"{run.energy:.3g} kWh, by the counters of the processors and GPUs",
@@ -452,7 +452,7 @@ def _format_count(number: int) -> str:
     return f"{millions:.1f} M" if millions >= 1 else f"{millions:.3f} M"
 
 
-def _format_duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours > 0:

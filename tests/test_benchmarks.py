@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,19 +19,22 @@ from benchmarks import (
     fidelity,
     graphs,
     kills,
-    lift,
     load,
     loop,
     merging,
     prediction,
     ranks,
+    reference,
     speed,
     transformers_4,
 )
 from benchmarks.foreign_files import SOURCES
 from torch import nn
-from transformers import ViTImageProcessor
+from transformers import AutoModelForImageClassification, ViTImageProcessor
 
+from model_cards.facts import RUN, TrainingRun
+from model_cards.metadata import find_card_errors
+from model_cards.rendering import CARD
 from modeling_vit_custom import ViTCustomForImageClassification, preset_config
 from modeling_vit_custom.convert.graphs import OLDEST_TORCH
 
@@ -42,11 +46,11 @@ SCRIPTS = {
     "costs": costs,
     "fidelity": fidelity,
     "graphs": graphs,
-    "lift": lift,
     "load": load,
     "loop": loop,
     "merging": merging,
     "prediction": prediction,
+    "reference": reference,
     "speed": speed,
     "transformers_4": transformers_4,
     "kills": kills,
@@ -395,25 +399,87 @@ def ten_colours(tmp_path_factory) -> Path:
     return folder
 
 
+REFERENCE = """
+pair:
+  title: Positions, old and new
+  text: On ten colours.
+  measure: rare_recall
+  seeds: [0, 1]
+  options: --validation_fraction 0 --max_steps 2 --per_device_train_batch_size 32 --save_strategy no --card_images 0
+  runs:
+    base: finetune --model vit_nano_patch4_32 --config_overrides num_hidden_layers=1
+    reset: reset_positions --model {base} --image_size 48
+    as it was: finetune --model {base}
+    new: finetune --model {reset}
+  compared: [as it was, new]
+  cards: [new]
+later:
+  title: Not run yet
+  text: Nothing.
+  measure: accuracy
+  seeds: [0]
+  options: --max_steps 1
+  runs: {alone: finetune --model vit_nano_patch4_32}
+  compared: [alone]
+  cards: []
+"""
+
+
+@pytest.fixture
+def references(tmp_path, monkeypatch) -> Path:
+    """A place of its own for results and README.md."""
+    monkeypatch.setattr(reference, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(reference, "README", tmp_path / "README.md")
+    reference.RESULTS.mkdir()
+    (reference.RESULTS / "experiments.yaml").write_text(REFERENCE)
+    reference.README.write_text("before\n<!-- begin results: of a command -->\n<!-- end results -->\nafter\n")
+    return tmp_path
+
+
 @pytest.mark.slow
-def test_lift_compares_runs_and_goes_on_where_it_ended(ten_colours: Path, tmp_path: Path, capsys):
-    argv = ["--dataset", str(ten_colours), "--folder", str(tmp_path / "runs"), "--output", str(tmp_path / "lift.md")]
-    argv += ["--epochs", "1", "--teacher_epochs", "1", "--images", "20", "--most", "40", "--ratio", "4"]
-    lift.main([*argv, "--seeds", "0"])
-    first = (tmp_path / "lift.jsonl").read_text().splitlines()
-    assert len(first) == 1 + 2 + 3  # a teacher, two students, three treatments
-    lift.main([*argv, "--seeds", "0", "1", "--experiments", "imbalance"])
-    assert (tmp_path / "lift.jsonl").read_text().splitlines()[:6] == first
-    records = [json.loads(line) for line in (tmp_path / "lift.jsonl").read_text().splitlines()]
-    assert len(records) == 6 + 3
-    assert all(np.mean(record["recall"]) == pytest.approx(record["accuracy"]) for record in records)
-    text = (tmp_path / "lift.md").read_text()
-    assert "Training images by class: 40, 34, 29, 25, 22, 19, 16, 14, 12, 10;" in text
-    assert text.count("| 0, 1 |") == 3
+def test_references_are_trained_once_and_tabulated(ten_colours: Path, references: Path):
+    argv = ["--experiments", "pair", "--dataset", str(ten_colours), "--folder", str(references / "runs")]
+    reference.main(argv)
+    facts = sorted(path.relative_to(reference.RESULTS).as_posix() for path in reference.RESULTS.rglob(RUN))
+    assert facts == [f"pair/{name}/seed_{seed}/run.json" for name in ("as_it_was", "base", "new") for seed in (0, 1)]
+    card = reference.RESULTS / "pair" / "new" / "seed_0" / CARD
+    assert not find_card_errors(card.read_text(), card.parent)
+    folders = {name: references / "runs" / "pair" / name for name in ("base_0", "reset_0", "reset_1")}
+    base, old, other = (AutoModelForImageClassification.from_pretrained(each).state_dict() for each in folders.values())
+    (positions,) = {name for name in base if base[name].shape != old[name].shape}
+    assert {name for name in old if not old[name].equal(base[name])} == {positions}
+    assert not old[positions].equal(other[positions])
+    assert old[positions].std() == pytest.approx(0.02, rel=0.1)  # nothing of the trained ones, nor smoothed
+    readme, page = reference.README.read_text(), (reference.RESULTS / "README.md").read_text()
+    assert readme.startswith("before\n") and readme.endswith("after\n")
+    assert "recall of the 3 rarest classes: as it was " in readme and "Not run yet" not in readme + page
+    assert "[new](pair/new/seed_0/README.md)" in page and "--max_steps 2" in page
+    # two of 13 steps in 400 images of its own, and as many of the model that it starts from
+    assert len(re.findall(r"^\| (?:new|as it was) \|.*\| 124 \|", page, re.MULTILINE)) == 2
+    shutil.rmtree(references / "runs")
+    reference.main(argv)  # nothing is left to train
+    assert not (references / "runs").exists()
+    assert (reference.README.read_text(), (reference.RESULTS / "README.md").read_text()) == (readme, page)
+    shutil.rmtree(reference.RESULTS / "pair" / "new" / "seed_1")
+    with pytest.raises(SystemExit) as exit_:
+        reference.main([*argv[:2], "--dataset", str(references / "nowhere"), *argv[4:]])
+    assert exit_.value.code == 2
 
 
-def test_lift_measures_the_rare_classes():
-    records = [{"recall": [0.9] * 7 + [0.1, 0.2, 0.3], "accuracy": 0.69}, {"recall": [1.0] * 10, "accuracy": 1.0}]
-    assert lift.measure_rare_recall(records) == pytest.approx([0.2, 1.0])
-    assert lift.format_percent(np.array([0.25, 0.75])) == "50.00 ± 35.36 (25.00, 75.00)"
-    assert lift.format_percent(np.array([0.5])) == "50.00 (50.00)"
+def test_references_measure_the_rare_classes():
+    def run(recalls: list[float]) -> TrainingRun:
+        matrix = np.diag(np.array(recalls) * 10)
+        matrix[:, 0] += 10 - matrix.sum(axis=1)
+        labels = [str(index) for index in range(len(recalls))]
+        return TrainingRun(name="a", confusion_matrix=matrix, label_names=labels, results={"accuracy": 0.5})
+
+    runs, experiment = [run([1.0, 0.9, 0.1, 0.2, 0.3]), run([1.0] * 5)], reference.read_experiments()["imbalance"]
+    assert reference.measure(experiment, runs) == pytest.approx([0.2, 1.0])
+    assert reference.measure(experiment, runs, "accuracy") == pytest.approx([0.5, 0.5])
+    assert reference.format_percent(np.array([0.25, 0.75])) == "50.0 ± 35.4 %"
+    assert reference.format_percent(np.array([-0.5]), sign="+") == "-50.0 %"
+
+
+def test_tables_say_what_the_runs_left():
+    for file, text in reference.render(reference.read_experiments().values()).items():
+        assert file.read_text(encoding="utf-8") == text

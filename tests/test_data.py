@@ -866,3 +866,55 @@ def test_training_is_the_same_from_memory_as_from_files(tmp_path, monkeypatch, o
     from_memory = losses(tmp_path / "memory")
     monkeypatch.setattr("trainers.data.MAX_BYTES_IN_MEMORY", 0)
     assert losses(tmp_path / "files") == from_memory
+
+
+# ------------------------------------------------------------------------------------------------------------- subsets
+
+
+def count_classes(**arguments) -> np.ndarray:
+    return np.bincount(load_splits(DataArguments(dataset="digits", **arguments))["train"]["label"], minlength=10)
+
+
+def list_images(**arguments) -> set[bytes]:
+    train = load_splits(DataArguments(dataset="digits", **arguments))["train"]
+    return {np.array(image).tobytes() for image in train["image"]}
+
+
+def test_a_share_of_each_class_is_part_of_a_larger_one():
+    whole, half, tenth = (count_classes(train_fraction=fraction) for fraction in (1, 0.5, 0.1))
+    assert np.abs(half - whole / 2).max() <= 0.5 and np.abs(tenth - whole / 10).max() <= 0.5
+    assert list_images(train_fraction=0.1) < list_images(train_fraction=0.5) < list_images()
+    others = load_splits(DataArguments(dataset="digits", train_fraction=0.5))
+    assert len(others["validation"]) == 360
+    assert list_images(train_fraction=0.1) == list_images(train_fraction=0.1)
+    assert list_images(train_fraction=0.1) != list_images(train_fraction=0.1, split_seed=1)
+    assert (count_classes(train_fraction=1e-6) == 1).all()
+
+
+def test_classes_become_rarer_exponentially():
+    whole, counts = count_classes(), count_classes(train_imbalance=100)
+    shares = counts / whole
+    assert counts[0] == whole[0] and counts[-1] == max(1, round(whole[-1] / 100))
+    np.testing.assert_allclose(shares[:6], 100 ** -(np.arange(6) / 9), atol=0.005)
+    assert list_images(train_imbalance=100, train_fraction=0.5) < list_images(train_imbalance=100)
+
+
+def test_images_without_classes_are_thinned_out_together(tmp_path):
+    folder = save_parquet(tmp_path, [-1] * 20, datasets.ClassLabel(names=["a", "b"]))
+    arguments = DataArguments(dataset=folder, validation_fraction=0.2, train_fraction=0.5)
+    assert len(load_splits(arguments, needs_labels=False)["train"]) == 8
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"train_fraction": 0}, "train_fraction=0 must be above 0 and at most 1"),
+        ({"train_fraction": 1.1}, "train_fraction=1.1 must be above 0 and at most 1"),
+        ({"train_imbalance": 0.5}, "train_imbalance=0.5 must be at least 1"),
+        ({"train_fraction": 0.5, "streaming": True}, "--train_fraction must know all training images beforehand"),
+        ({"train_imbalance": 2.0, "streaming": True}, "--train_imbalance must know all training images beforehand"),
+    ],
+)
+def test_shares_that_make_no_sense_are_refused(field, message):
+    with pytest.raises(ValueError, match=message):
+        DataArguments(dataset="digits", **field)

@@ -82,7 +82,7 @@ def model(tmp_path_factory, images) -> str:
 
 @pytest.fixture(autouse=True)
 def small_figures(monkeypatch):
-    monkeypatch.setattr("model_cards.evaluation.FIGURE_DPI", 40)
+    monkeypatch.setattr("model_cards.pages.FIGURE_DPI", 40)
 
 
 def run(tmp_path, *argv, quick: list[str] = QUICK) -> dict:

@@ -11,6 +11,7 @@ from test_vit_trainer import make_trainer
 from tiny_models import ARCHITECTURES, random_images, tiny_model
 from transformers import (
     AutoImageProcessor,
+    AutoModelForPreTraining,
     DeiTImageProcessor,
     ResNetConfig,
     ResNetForImageClassification,
@@ -27,6 +28,7 @@ from modeling_vit_custom import ViTCustomForImageClassification
 from trainers.arguments import LossArguments, ModelArguments
 from trainers.mixing import Mixing
 from trainers.models import freeze, make_model, open_processor, read_processor
+from trainers.pace import count_flops
 from trainers.teachers import Teacher
 
 
@@ -41,6 +43,31 @@ def checkpoint(request, tmp_path):
 def make(checkpoint, **fields):
     model, _ = make_model(ModelArguments(model=str(checkpoint), **fields), labels=list("abcde"))
     return model
+
+
+def test_cnns_have_names_as_well():
+    overrides = ["embedding_size=8", "hidden_sizes=[8,16]", "depths=[1,1]"]
+    model, processor = make_model(ModelArguments("resnet_nano_64", config_overrides=overrides), list("abcde"))
+    assert isinstance(model, ResNetForImageClassification) and model.config.id2label[4] == "e"
+    assert read_processor(processor)[0] == (64, 64)
+    assert read_processor(open_processor(ModelArguments("resnet_nano_64", image_size=32)))[0] == (32, 32)
+    assert model(random_images(2, 64)).logits.shape == (2, 5)
+    with pytest.raises(ValueError, match="is a CNN: only a vit_custom can be pretrained"):
+        make_model(ModelArguments("resnet_nano_64"), auto_class=AutoModelForPreTraining)
+    with pytest.raises(ValueError, match="unknown field 'depht' for 'resnet18_224'"):
+        make_model(ModelArguments("resnet18_224", config_overrides=["depht=[1]"]))
+    with pytest.raises(ValueError, match="did you mean 'resnet18_224'"):
+        make_model(ModelArguments("resnet18"))
+
+
+@pytest.mark.parametrize(("name", "millions"), [("resnet18_224", 11.69), ("resnet50_224", 25.56)])
+def test_cnns_are_as_large_as_their_paper_s(name, millions):
+    """https://arxiv.org/abs/1512.03385, by the counts of torchvision's."""
+    model, _ = make_model(ModelArguments(name), [str(index) for index in range(1000)])
+    assert model.num_parameters() / 1e6 == pytest.approx(millions, abs=0.01)
+    assert count_flops(model, (224, 224)) / 2e9 == pytest.approx(
+        {"resnet18_224": 1.82, "resnet50_224": 4.1}[name], abs=0.05
+    )
 
 
 def tiny_model_of(checkpoint) -> torch.nn.Module:

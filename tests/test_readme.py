@@ -20,11 +20,12 @@ from trainers.finetune import main as finetune
 from trainers.gallery import main as gallery
 from trainers.predict import main as predict
 from trainers.pretrain import main as pretrain
+from trainers.scaling import main as scaling
 
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
 SCRIPTS = {"finetune": finetune, "pretrain": pretrain, "gallery": gallery}
-COMMANDS = re.findall(r"^\.venv/bin/python -m trainers\.(\w+) (--recipe .*)$", README, re.MULTILINE)
+COMMANDS = re.findall(r"^\.venv/bin/python -m trainers\.(?!scaling)(\w+) (--recipe .*)$", README, re.MULTILINE)
 EVALUATIONS = re.findall(r"^\.venv/bin/python -m trainers\.evaluate (.*)$", README, re.MULTILINE)
 LAUNCHED = re.findall(r"^(?:\.venv/bin/)?(?:torchrun|accelerate launch|sbatch) .*$", README, re.MULTILINE)
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -71,6 +72,25 @@ def test_evaluations_run(line, place):
     evaluate([*line.split(), "--num_workers", "0", "--max_images", "20"])
     folder = "runs/robustness" if "robustness" in line else "runs/evaluate"
     assert (place / folder / "report.md").is_file()
+
+
+def test_grids_are_planned(place, capsys):
+    own, recipe = re.findall(r"^\.venv/bin/python -m trainers\.scaling (.*)$", README, re.MULTILINE)
+    small = [
+        "--fractions",
+        "1",
+        "--max_minutes",
+        "1e6",
+        "--per_device_train_batch_size",
+        "8",
+        "--disable_tqdm",
+        "true",
+        "--dry_run",
+    ]
+    scaling([*own.split(), *small])
+    assert "vit_small_patch16_224 x 1: " in capsys.readouterr().out
+    scaling([*recipe.split(), "--dataset", "path/to/images", "--validation_fraction", "0.2", *small])
+    assert "12 of 12 runs" in capsys.readouterr().out
 
 
 def test_predictions_are_made(place):

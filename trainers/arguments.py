@@ -144,7 +144,20 @@ class DataArguments:
             "on the test split alone."
         },
     )
-    split_seed: int = field(default=0, metadata={"help": "Seed of that split, apart from the training seed."})
+    train_fraction: float = field(
+        default=1.0,
+        metadata={
+            "help": "Train on this share of the images of each class; a smaller share is a part of a larger one."
+        },
+    )
+    train_imbalance: float = field(
+        default=1.0,
+        metadata={
+            "help": "Train on fewer and fewer images of each class, in their order: of the first this many times as "
+            "many as of the last, and exponentially between."
+        },
+    )
+    split_seed: int = field(default=0, metadata={"help": "Seed of these choices, apart from the training seed."})
     on_corrupt: str = field(
         default="error", metadata={"help": "On images that cannot be decoded: error, or skip them."}
     )
@@ -157,6 +170,13 @@ class DataArguments:
     def __post_init__(self):
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction={self.validation_fraction} must lie between 0 and 1")
+        if not 0 < self.train_fraction <= 1:
+            raise ValueError(f"train_fraction={self.train_fraction} must be above 0 and at most 1")
+        if not 1 <= self.train_imbalance < math.inf:
+            raise ValueError(f"train_imbalance={self.train_imbalance} must be at least 1")
+        if self.streaming and (self.train_fraction < 1 or self.train_imbalance > 1):
+            name = "train_fraction" if self.train_fraction < 1 else "train_imbalance"
+            raise ValueError(f"--{name} must know all training images beforehand: not with --streaming true")
         if self.on_corrupt not in ("error", "skip"):
             raise ValueError(f"on_corrupt={self.on_corrupt!r} must be error or skip")
         if self.shuffle_buffer < 1:
@@ -406,6 +426,66 @@ class PretrainingTrainingArguments(TrainingArguments):
     """The same with another output folder."""
 
     output_dir: str = field(default="runs/pretrain", metadata={"help": "Where the model, card and figures go."})
+
+
+@dataclass
+class ScalingArguments:
+    """Which runs to compare."""
+
+    _argument_group_name: ClassVar[str] = "grid"
+
+    models: list[str] = field(
+        metadata={
+            "help": "Families to compare, each by a preset (random weights), with fields of its configuration replaced "
+            "where needed: vit_nano_patch4_32:num_hidden_layers=6,pooling=mean."
+        }
+    )
+    widths: list[float] = field(
+        default_factory=lambda: [1.0], metadata={"help": "Sizes of each, as shares of the preset's width."}
+    )
+    fractions: list[float] = field(
+        default_factory=lambda: [0.05, 0.1, 0.25, 0.5, 1.0], metadata={"help": "Shares of the training images."}
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1], metadata={"help": "Each decides on weights, on images and on their order."}
+    )
+    min_steps: int = field(
+        default=0, metadata={"help": "Train for so many steps at least, where epochs of few images would be fewer."}
+    )
+    max_minutes: float | None = field(
+        default=None, metadata={"help": "Leave out of the grid what is estimated to take longer in all."}
+    )
+    max_flops: float | None = field(
+        default=None, metadata={"help": "The same, by additions and multiplications, e.g. 1e17."}
+    )
+    jobs: int | None = field(
+        default=None, metadata={"help": "Runs at the same time. Default: one on each GPU, or one on a CPU."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Show what would be trained, and what it would cost."})
+
+    def __post_init__(self):
+        for name in ("models", "widths", "fractions", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name}={values} must name at least one, and each once")
+        for name in ("widths", "fractions"):
+            for value in getattr(self, name):
+                if not 0 < value < math.inf or (name == "fractions" and value > 1):
+                    raise ValueError(f"{name}={value} must be above 0{' and at most 1' if name == 'fractions' else ''}")
+        for name in ("max_minutes", "max_flops", "jobs"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} must be above 0")
+        for name, least in (("min_steps", self.min_steps), ("seeds", min(self.seeds))):
+            if least < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
+
+
+@dataclass
+class ScalingTrainingArguments(TrainingArguments):
+    """The same with another output folder."""
+
+    output_dir: str = field(default="runs/scaling", metadata={"help": "Where the runs, the report and figures go."})
 
 
 # What each script asks for, before its training arguments.

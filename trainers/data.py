@@ -51,7 +51,8 @@ Splits = DatasetDict | IterableDatasetDict
 def load_splits(arguments: DataArguments, seed: int = 0, needs_labels: bool = True) -> Splits:
     """Splits `train`, `validation` and `test`, each with a column `image` and a `ClassLabel` column `label`.
 
-    Where there is no validation split, a stratified share of train is held out, or none is made if that share is 0.
+    Where there is no validation split, a stratified share of train is held out, or none is made if that share is 0. Of
+    what is left to train on, a share is taken where one was asked for.
     A test split without labels is left out, and so are broken images if they are to be skipped.
 
     With `streaming` the splits are read as they come, train in an order that `seed` decides.
@@ -68,7 +69,7 @@ def load_splits(arguments: DataArguments, seed: int = 0, needs_labels: bool = Tr
     if not needs_labels:
         splits = _make_class_labels(splits, arguments) if _has_classes(splits) else splits.select_columns(IMAGE)
         splits = _check_images(splits, arguments)
-        return splits if VALIDATION in splits else _hold_out(splits, arguments, needs_labels)
+        return _thin_out(splits if VALIDATION in splits else _hold_out(splits, arguments, needs_labels), arguments)
     splits = _make_class_labels(splits, arguments)
     splits = _drop_unlabelled_test(splits)
     _check_labels(splits, arguments.dataset)
@@ -77,7 +78,7 @@ def load_splits(arguments: DataArguments, seed: int = 0, needs_labels: bool = Tr
         splits = _hold_out(splits, arguments, needs_labels)
     # Once more: images that were left out or held out may have been all of their class.
     _check_labels(splits, arguments.dataset)
-    return splits
+    return _thin_out(splits, arguments)
 
 
 @dataclass(frozen=True)
@@ -795,3 +796,28 @@ def _hold_out(splits: DatasetDict, arguments: DataArguments, needs_labels: bool)
             f"{len(train)} images are too few to hold out a share of {fraction} of each class ({error})"
         ) from error
     return DatasetDict({**splits, TRAIN: held_out["train"], VALIDATION: held_out["test"]})
+
+
+def _thin_out(splits: DatasetDict, arguments: DataArguments) -> DatasetDict:
+    """As large a share of the training images as was asked for, of later classes a smaller one (Cui et al., 2019,
+    https://arxiv.org/abs/1901.05555, section 5.1), but an image of each at least."""
+    if arguments.train_fraction == arguments.train_imbalance == 1:
+        return splits
+    train = splits[TRAIN]
+    if LABEL not in train.features and arguments.train_imbalance > 1:
+        raise ValueError(
+            f"--train_imbalance {arguments.train_imbalance} needs classes, and {arguments.dataset!r} has none"
+        )
+    labels, num_classes = np.zeros(len(train), dtype=int), 1
+    if LABEL in train.features:
+        labels = np.array([-1 if _is_missing(each) else each for each in train[LABEL]])
+        num_classes = train.features[LABEL].num_classes
+    # Every share takes images from the front of one order, so that a smaller one is a part of a larger one.
+    order = np.random.default_rng(arguments.split_seed).permutation(len(labels))
+    shares = arguments.train_fraction * arguments.train_imbalance ** -np.linspace(0, 1, num_classes)
+    kept, drawn = [], labels[order]
+    for label in np.unique(labels):
+        share = shares[label] if label >= 0 else arguments.train_fraction  # of those without a label
+        of_class = order[drawn == label]
+        kept += of_class[: max(1, round(share * len(of_class)))].tolist()
+    return DatasetDict({**splits, TRAIN: train.select(sorted(kept))})

@@ -27,6 +27,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from modeling_vit_custom import ViTCustomConfig, list_presets, preset_config
 from trainers.arguments import NORMALIZATIONS, ModelArguments, suggest
+from trainers.cnns import cnn_config, cnn_size, list_cnns
 
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def make_model(
     if labels is not None:
         overrides["id2label"] = dict(enumerate(labels))
         overrides["label2id"] = {label: index for index, label in enumerate(labels)}
-    if arguments.model in list_presets():
+    if is_preset(arguments.model):
         model, processor = _from_preset(arguments, overrides, auto_class)
     else:
         check_is_model(arguments.model, "model")
@@ -75,16 +76,31 @@ def _from_preset(
         raise ValueError(f"--{name} keeps the encoder's weights, but those of preset {arguments.model!r} are random")
     if arguments.new_head:
         raise ValueError(f"--new_head true needs a checkpoint: the head of preset {arguments.model!r} is new anyway")
+    if auto_class is not AutoModelForImageClassification and arguments.model in list_cnns():
+        raise ValueError(f"--model {arguments.model!r} is a CNN: only a vit_custom can be pretrained")
     config = _preset_config(arguments, overrides)
-    return auto_class.from_config(config), adapt_processor(make_processor(config), arguments)
+    return auto_class.from_config(config), _preset_processor(arguments, config)
 
 
-def _preset_config(arguments: ModelArguments, overrides: dict) -> ViTCustomConfig:
-    if arguments.image_size is not None:
-        overrides = {**overrides, "image_size": arguments.image_size}
-    config = preset_config(arguments.model, **overrides)
+def is_preset(model: str) -> bool:
+    """Whether a model is one that has a name here, and random weights."""
+    return model in (*list_presets(), *list_cnns())
+
+
+def _preset_config(arguments: ModelArguments, overrides: dict) -> PreTrainedConfig:
+    if arguments.model in list_cnns():
+        config = cnn_config(arguments.model, **overrides)
+    else:
+        size = {} if arguments.image_size is None else {"image_size": arguments.image_size}
+        config = preset_config(arguments.model, **{**overrides, **size})
     check_channels(config.num_channels)
     return config
+
+
+def _preset_processor(arguments: ModelArguments, config: PreTrainedConfig) -> BaseImageProcessor:
+    is_ours = isinstance(config, ViTCustomConfig)
+    size = config.native_size if is_ours else (cnn_size(arguments.model),) * 2
+    return adapt_processor(make_processor(size), arguments)
 
 
 def _from_checkpoint(
@@ -152,7 +168,7 @@ def _open_config(arguments: ModelArguments) -> tuple[PreTrainedConfig, BaseImage
         config = AutoConfig.from_pretrained(arguments.model, **_origin(arguments))
         is_ours = config.model_type == ViTCustomConfig.model_type
         if is_ours and Path(arguments.model).is_dir() and not has_processor(arguments.model):
-            processor = make_processor(config)
+            processor = make_processor(config.native_size)
         else:
             processor = AutoImageProcessor.from_pretrained(arguments.model, **_origin(arguments))
     except (AttributeError, OSError, TypeError, ValueError) as error:  # the first two of files that hold something else
@@ -166,9 +182,8 @@ def open_processor(arguments: ModelArguments) -> BaseImageProcessor:
     Raises:
         ValueError: if there is neither.
     """
-    if arguments.model in list_presets():
-        config = _preset_config(arguments, parse_overrides(arguments.config_overrides))
-        return adapt_processor(make_processor(config), arguments)
+    if is_preset(arguments.model):
+        return _preset_processor(arguments, _preset_config(arguments, parse_overrides(arguments.config_overrides)))
     check_is_model(arguments.model, "model")
     return _open_config(arguments)[1]
 
@@ -179,7 +194,9 @@ def check_is_model(name: str, argument: str) -> None:
     if Path(name).is_dir() and not Path(name, "config.json").exists():
         raise ValueError(f"folder {name!r} holds no config.json: give one that was written by save_pretrained")
     if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith(("runs/", "/", ".", "~"))):
-        presets = f", or one of list_presets(){suggest(name, list_presets())}" if argument == "model" else ""
+        presets = (
+            f", or one of list_presets(){suggest(name, (*list_presets(), *list_cnns()))}" if argument == "model" else ""
+        )
         raise ValueError(
             f"there is no {argument} {name!r}: give a folder written by save_pretrained, a Hub id such as "
             f"user/name{presets}"
@@ -249,9 +266,9 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> "peft.PeftModel
         return peft.get_peft_model(model, config)
 
 
-def make_processor(config: ViTCustomConfig) -> ViTImageProcessor:
-    """The family's own processor: resize to the native size, scale to -1..1."""
-    height, width = config.native_size
+def make_processor(size: tuple[int, int]) -> ViTImageProcessor:
+    """The family's own processor: resize to a size (H, W), scale to -1..1."""
+    height, width = size
     return ViTImageProcessor(size={"height": height, "width": width})
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, ResNetConfig, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from model_cards.environment import peak_memory
@@ -52,9 +52,7 @@ class Pace:
     def __init__(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype, num_processes: int):
         self.model, self.device, self.num_processes = model, device, num_processes
         # Where weights are frozen, a backward pass multiplies less than is known here.
-        is_counted = getattr(model.config, "model_type", None) == ViTCustomConfig.model_type and all(
-            parameter.requires_grad for parameter in model.parameters()
-        )
+        is_counted = is_countable(model) and all(parameter.requires_grad for parameter in model.parameters())
         self.matrix_rate = measure_matrix_rate(device, dtype) if is_counted else None
         self.flops_of_image: dict[tuple, int] = {}
         self.started = self.line_began = time.perf_counter()
@@ -108,11 +106,16 @@ class Pace:
         return figures
 
 
+def is_countable(model: PreTrainedModel) -> bool:
+    """Whether `count_flops` sees all of a model's work; the kernels of others cannot all be counted."""
+    return getattr(model.config, "model_type", None) in (ViTCustomConfig.model_type, ResNetConfig.model_type)
+
+
 def count_flops(model: PreTrainedModel, size: tuple[int, int], batch_size: int | None = None) -> float:
     """Additions and multiplications of one image's forward pass.
 
     Args:
-        model: One of this family.
+        model: One that `is_countable`.
         size: (H, W) of the image.
         batch_size: Count what training with so many images computes of each: without what is dropped, and without what
             the head does not read.
@@ -123,12 +126,14 @@ def count_flops(model: PreTrainedModel, size: tuple[int, int], batch_size: int |
         twin = type(model)(copy.deepcopy(model.config)).train(batch_size is not None)
         for module, rate in zip((each for each in twin.modules() if isinstance(each, PatchDropout)), rates):
             module.rate = rate
-        twin.set_attn_implementation("eager")  # whose products are all seen
-        with FlopCounterMode(display=False) as counter:
-            images = torch.zeros(batch_size or 1, model.config.num_channels, *size)
+        more = {}
+        if model.config.model_type == ViTCustomConfig.model_type:
+            twin.set_attn_implementation("eager")  # whose products are all seen
             # Weights are asked for where nothing is to be left out.
-            twin(images, output_attentions=batch_size is None)
-    return counter.get_total_flops() / len(images)
+            more["output_attentions"] = batch_size is None
+        with FlopCounterMode(display=False) as counter:
+            twin(torch.zeros(batch_size or 1, model.config.num_channels, *size), **more)
+    return counter.get_total_flops() / (batch_size or 1)
 
 
 def measure_matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -14,12 +14,12 @@ from transformers.trainer_callback import ExportableState
 from model_cards.citations import PAPERS
 from model_cards.environment import EnergyMeter, code_commit, describe_hardware, library_versions, peak_memory
 from model_cards.metadata import is_repo_id
-from modeling_vit_custom import ViTCustomConfig, list_presets
+from modeling_vit_custom import ViTCustomConfig
 from trainers.arguments import ModelArguments, TrainingCommand
 from trainers.data import BUILT_IN_TITLES, TRAIN, Splits
 from trainers.hub import hide_folder
-from trainers.models import read_processor
-from trainers.pace import count_flops
+from trainers.models import is_preset, read_processor
+from trainers.pace import count_flops, is_countable
 from trainers.vit_trainer import ViTTrainer
 
 
@@ -65,7 +65,7 @@ class Spent(TrainerCallback, ExportableState):
 def gather_facts(command: TrainingCommand, trainer: ViTTrainer) -> dict:
     """What a card says of any run, finished or not, as fields of `TrainingRun`; of its model, see `describe_model`."""
     args, state, model, data = trainer.args, trainer.state, command.model.model, command.data.dataset
-    from_scratch, is_built_in = model in list_presets(), data in BUILT_IN_TITLES
+    from_scratch, is_built_in = is_preset(model), data in BUILT_IN_TITLES
     is_done = state.global_step >= state.max_steps
     spent = Spent.read(state)
     wall_time, energy = spent["seconds"], spent["joules"]
@@ -104,8 +104,7 @@ def describe_model(model: PreTrainedModel, processor: BaseImageProcessor) -> dic
         "model_type": config.model_type,
         "architecture": name_architecture(config),
         "num_parameters": model.num_parameters(),
-        # The kernels of other models cannot all be counted.
-        "flops": count_flops(model, size) if is_our_own else None,
+        "flops": count_flops(model, size) if is_countable(model) else None,
         "image_size": size,
         "stages": describe_stages(config) if is_our_own else [],
         "preprocessing": describe_preprocessing(processor),

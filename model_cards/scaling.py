@@ -1,0 +1,252 @@
+"""The page of a grid of runs: report.md with its figure, rendered from what was measured, and scaling.json."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from model_cards.figures import plot_scaling
+from model_cards.pages import show, tabulate, to_json, write_page
+from model_cards.rendering import break_lines, escape_markdown, fence, format_duration
+
+
+FACTS, REPORT, CURVES = "scaling.json", "report.md", "scaling.png"
+FILES = (FACTS, REPORT, CURVES)
+
+
+def write_study(folder: Path, facts: Mapping) -> None:
+    """Writes the facts, the figure and the page into a folder, in place of those of an older call.
+
+    Args:
+        folder: Where the runs lie.
+        facts: As `trainers.scaling` gathers them: what JSON knows.
+    """
+    texts = {REPORT: render_study(facts), FACTS: to_json(facts)}
+    write_page(folder, texts, {CURVES: draw_curves(facts)}, FILES)
+
+
+def render_study(facts: Mapping) -> str:
+    """The page, in Markdown; its figure lies beside it."""
+    families = [f"`{family}`" for family in dict.fromkeys(result["family"] for result in facts["results"])]
+    parts = [
+        f"# {_join(families)} on {escape_markdown(facts['dataset'])}",
+        _describe(facts),
+        show(CURVES, "Error by images, parameters and compute"),
+        "## Errors",
+        _tabulate_errors(facts),
+        "## Who is ahead",
+        *_describe_break_evens(facts),
+        "## Laws",
+        _tabulate_laws(facts),
+        "## What these runs can and cannot support",
+        _describe_limits(facts),
+        "## How it was measured",
+        *_describe_settings(facts),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def draw_curves(facts: Mapping) -> Figure:
+    """Error against images, parameters and compute."""
+    families = group(facts["results"], lambda result: result["family"])
+    panels = [{"title": title, "lines": []} for title in ("training images", "parameters", "FLOPs of training")]
+    for cells in families.values():
+        whole = [cell for cell in cells if cell["fraction"] == 1]
+        panels[0]["lines"] += _list_lines(facts, "images", "images", cells, by_width=True)
+        panels[1]["lines"] += _list_lines(facts, "parameters", "parameters", whole) if whole else []
+        panels[2]["lines"] += _list_lines(facts, "compute", "compute", cells)
+    return plot_scaling(panels)
+
+
+def _list_lines(
+    facts: Mapping, kind: str, quantity: str, cells: Sequence[Mapping], by_width: bool = False
+) -> list[dict]:
+    """What `plot_scaling` draws of a family: a line of each width, the largest first, or one of all."""
+    family = cells[0]["family"]
+    laws = {law["width"]: law for law in facts["laws"] if (law["kind"], law["family"]) == (kind, family)}
+    lines = []
+    groups = group(cells, lambda cell: cell["width"] if by_width else None)
+    for place, width in enumerate(sorted(groups, reverse=True) if by_width else groups):
+        points = sorted(group(groups[width], lambda cell: cell[quantity]).items())
+        lines.append(
+            {
+                "label": family if width is None else f"{family} x {width:g}",
+                "group": family,
+                "shade": place / max(len(groups) - 1, 1),
+                "points": [(value, *_spread(same)) for value, same in points],
+                "curve": laws[width].get("curve") if laws[width]["problem"] is None else None,
+            }
+        )
+    return lines
+
+
+def group(items: Iterable, key: Callable[[object], object]) -> dict[object, list]:
+    """Items by a key, in their order."""
+    groups = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def _spread(results: Sequence[Mapping]) -> tuple[float, float, float]:
+    """Mean error of the seeds, the lowest and the highest."""
+    errors = [1 - result["accuracy"] for result in results]
+    return float(np.mean(errors)), min(errors), max(errors)
+
+
+def _describe(facts: Mapping) -> str:
+    results = facts["results"]
+    seeds = len({result["seed"] for result in results})
+    images = sorted({result["images"] for result in results})
+    least = f", but {facts['min_steps']:,} steps at least" if facts["min_steps"] else ""
+    return (
+        f"{len(results)} runs from random weights on {images[0]:,} to {images[-1]:,} training images, "
+        f"{_count(seeds, 'seed')}, for {facts['epochs']:g} epochs{least}: {format_duration(facts['seconds'])} of "
+        f"training in all on {facts['origin']['Hardware']}. The error is 1 - accuracy on the "
+        f"{facts['num_evaluated']:,} images of the {facts['evaluation_split']} split, which nothing was chosen on."
+    )
+
+
+def _tabulate_errors(facts: Mapping) -> str:
+    results = facts["results"]
+    images = sorted({result["images"] for result in results})
+    rows = []
+    for (family, width), cells in group(results, lambda cell: (cell["family"], cell["width"])).items():
+        by_images = group(cells, lambda cell: cell["images"])
+        errors = [_format_spread(by_images[count]) if count in by_images else "-" for count in images]
+        size = (f"{cells[0]['parameters'] / 1e6:.2f} M", f"{cells[0]['flops'] / 1e9:.3g}")
+        rows.append((f"`{family}`", f"{width:g}", *size, *errors))
+    titles = ("Model", "Width", "Parameters", "GFLOPs an image", *(f"{count:,} images" for count in images))
+    return f"{tabulate(titles, rows)}\n\nMeans of the seeds, with the lowest and the highest."
+
+
+def _format_spread(cells: Sequence[Mapping]) -> str:
+    error, low, high = _spread(cells)
+    return f"{error:.2%}" if len(cells) == 1 else f"{error:.2%} ({low:.2%} to {high:.2%})"
+
+
+def _describe_break_evens(facts: Mapping) -> list[str]:
+    if not facts["break_evens"]:
+        return ["One family has nobody to be compared with."]
+    about = (
+        "Each pair at the largest sizes whose forward passes cost within a factor of "
+        f"{facts['similar_cost']:g}, or most nearly the same, by their laws of the training images"
+        + (", of which more also meant more steps" if _has_longer_runs(facts) else "")
+        + f". A verdict is that of {facts['coverage']:.0%} of the draws of a bootstrap, or it is none."
+    )
+    return [about, "\n".join(f"- {verdict}" for verdict in list_verdicts(facts))]
+
+
+def list_verdicts(facts: Mapping) -> list[str]:
+    """Who is ahead, and from how many images on: a line of each two families."""
+    lines = []
+    for pair in facts["break_evens"]:
+        names = {side: f"`{pair[side]['family']}` x {pair[side]['width']:g}" for side in ("first", "second")}
+        other = {"first": "second", "second": "first"}
+        cost = " and ".join(f"{pair[side]['flops'] / 1e9:.3g}" for side in names)
+        text = f"{names['first']} and {names['second']} ({cost} GFLOPs an image): "
+        if pair["verdict"] == "crossing":
+            ahead = pair["ahead"]
+            text += (
+                f"**break-even at {_format_place(pair['place'])} images**; {names[other[ahead]]} is ahead below, "
+                f"{names[ahead]} above."
+            )
+        elif pair["verdict"] in names:
+            text += f"**{names[pair['verdict']]} is ahead** wherever they were measured."
+        elif pair["verdict"] == "extrapolated":
+            text += (
+                f"{names[other[pair['ahead']]]} is ahead wherever they were measured. If their laws held beyond, they "
+                f"would break even at {_format_place(pair['place'])} images."
+            )
+        else:
+            text += f"cannot tell: {pair['reason']}."
+        lines.append(text)
+    return lines
+
+
+def _has_longer_runs(facts: Mapping) -> bool:
+    """Whether a size was trained longer on some shares of the images than on others."""
+    sizes = group(facts["results"], lambda cell: (cell["family"], cell["width"])).values()
+    return any(len({cell["sights"] for cell in cells if cell["seed"] == cells[0]["seed"]}) > 1 for cells in sizes)
+
+
+def _format_place(place: Mapping) -> str:
+    value, low, high = (f"{float(f'{place[name]:.2g}'):,.0f}" for name in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def _tabulate_laws(facts: Mapping) -> str:
+    rows = []
+    for law in facts["laws"]:
+        model = f"`{law['family']}`" + ("" if law["width"] is None else f" x {law['width']:g}")
+        row = [model, law["kind"], str(law["points"])]
+        if law["problem"] is not None:
+            rows.append((*row, "-", "-", f"cannot tell: {law['problem']}"))
+            continue
+        limits = facts["exponent_limits"]
+        exponents = " and ".join(_format_exponent(each, *limits) for each in law["exponents"])
+        floor = _format_interval(law["floor"], "{:.1%}")
+        rows.append((*row, exponents, floor, "no floor to be seen" if law["floor"]["low"] < 1e-3 else "levels off"))
+    titles = ("Model", "By", "Runs", "Exponent", "Floor", "")
+    return (
+        "error = floor + scale x quantity^-exponent, and for two quantities the sum of both terms over one floor "
+        "([Hoffmann et al.](https://arxiv.org/abs/2203.15556), equation 2). By parameters: on all training images. By "
+        f"compute: the runs that nothing cheaper reaches. Brackets hold {facts['coverage']:.0%} of the draws of a "
+        f"bootstrap over the residuals.\n\n{tabulate(titles, rows)}"
+    )
+
+
+def _format_exponent(interval: Mapping, least: float, most: float) -> str:
+    """Ends at the limits of what is looked among are open."""
+    value, low, high = (f"{interval[name]:.2f}" for name in ("value", "low", "high"))
+    low = f"below {low}" if interval["low"] < 1.01 * least else low
+    high = f"above {high}" if interval["high"] > 0.99 * most else high
+    return f"{value} [{low}, {high}]"
+
+
+def _format_interval(interval: Mapping, form: str) -> str:
+    value, low, high = (form.format(interval[name]) for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def _describe_limits(facts: Mapping) -> str:
+    results = facts["results"]
+    seeds = len({result["seed"] for result in results})
+    passes = [f"{bound(each['sights'] / each['images'] for each in results):.3g}" for bound in (min, max)]
+    passes = f"{passes[0]} passes" if passes[0] == passes[1] else f"{passes[0]} to {passes[1]} passes"
+    parameters = [result["parameters"] for result in results]
+    lines = [
+        f"They are laws of runs as short as these ({passes} over their images), "
+        "not of models that were trained to their end: longer training would move every curve, and those of larger "
+        "models more.",
+        f"They hold for {min(parameters) / 1e6:.2g} to {max(parameters) / 1e6:.2g} M parameters and up to "
+        f"{max(result['images'] for result in results):,} images. Beyond that a curve is a guess.",
+        f"{_count(seeds, 'seed')} at most for each point: the scatter that intervals are made of is itself known "
+        "badly, and "
+        + ("each was judged on other held-out images." if facts["held_out"] else "all were judged on the same images."),
+        "All families were trained by the same recipe, which was not tuned for any of them; another one may favour "
+        "another family.",
+        "The runs that nothing cheaper reaches are chosen by the errors that are then fitted: a law by compute looks "
+        "somewhat better than it is.",
+    ]
+    missing = facts["grid"] - len(results)
+    if missing:
+        lines.append(
+            f"Of the grid's {facts['grid']} runs {missing} are missing: left out by the budget, or not finished."
+        )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _describe_settings(facts: Mapping) -> list[str]:
+    known = {"Date": facts["date"], "Runs at the same time": str(facts["jobs"]), **facts["origin"]}
+    rows = [(name, escape_markdown(fact)) for name, fact in known.items()]
+    return [fence(break_lines(facts["command"]), "bash"), tabulate(("", ""), rows)]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def _join(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

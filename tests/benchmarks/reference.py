@@ -1,0 +1,369 @@
+"""The project's own results: train what model_cards/results/experiments.yaml compares, and write the tables.
+
+Every run is one command of a training script. Of what it leaves, its facts (run.json) go into the repository, with its
+card where one is wanted, and so does the page of the grid of recipe cifar10_scaling. What is there is not trained
+again. The tables, a page beside the facts and a part of README.md, hold nothing but what the facts say.
+
+Examples:
+    python tests/benchmarks/reference.py --experiments distillation imbalance
+    python tests/benchmarks/reference.py --dataset path/to/cifar10
+    python tests/benchmarks/reference.py --report
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import string
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+from transformers import set_seed
+
+
+# The folder above holds this package; so the file runs as a script and as a module alike.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from model_cards.facts import RUN, TrainingRun, list_origins, read_run
+from model_cards.pages import tabulate
+from model_cards.rendering import CARD, break_lines, escape_markdown, fence, find_parts, format_duration
+from model_cards.scaling import FACTS, FILES, REPORT, list_verdicts
+from modeling_vit_custom.command_line import report_user_errors
+from trainers.arguments import ModelArguments
+from trainers.models import make_model
+
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "model_cards" / "results"
+README, PART = ROOT / "README.md", "results"
+DATASET = "uoft-cs/cifar10"
+SCALING = "scaling"
+RESET = "reset_positions"
+RARE_CLASSES = 3
+MEASURES = {"accuracy": "accuracy", "rare_recall": f"recall of the {RARE_CLASSES} rarest classes"}
+# A card, and what it shows or speaks of.
+CARD_FILES = (CARD, "*.png", "examples/*", "recipe.yaml")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Experiment:
+    """Runs that are compared.
+
+    Attributes:
+        name: Of its folder.
+        title: What is compared, in a line.
+        text: How, in a few sentences.
+        measure: Key of `MEASURES`.
+        seeds: Of each run.
+        options: Words of the command line that all runs have.
+        runs: Commands by the runs' names: the script and words of their own, where {NAME} is another run's folder.
+        compared: Runs that the table shows; differences are to the first.
+        cards: Runs whose card is kept, of the first seed.
+    """
+
+    name: str
+    title: str
+    text: str
+    measure: str
+    seeds: Sequence[int]
+    options: str
+    runs: Mapping[str, str]
+    compared: Sequence[str]
+    cards: Sequence[str]
+
+    @property
+    def trained(self) -> list[str]:
+        """The runs that leave facts."""
+        return [name for name in self.runs if not self.runs[name].startswith(RESET)]
+
+    def argv(self, run: str, folders: Mapping[str, str | Path]) -> list[str]:
+        """The script of a run and its options, less those of data set, seed and output folder.
+
+        Args:
+            run: One of `runs`.
+            folders: Of all runs.
+        """
+        return [word.format_map(folders) for word in shlex.split(f"{self.runs[run]} {self.options}")]
+
+    def sources(self, run: str) -> list[str]:
+        """The runs that a run starts from or learns from."""
+        return [name for _, name, _, _ in string.Formatter().parse(self.runs[run]) if name]
+
+    def folder(self, run: str, seed: int) -> Path:
+        """Where the facts of a run are kept."""
+        return RESULTS / self.name / slug(run) / f"seed_{seed}"
+
+    def is_done(self, run: str, seed: int) -> bool:
+        return (self.folder(run, seed) / RUN).is_file()
+
+    def read(self) -> dict[str, list[TrainingRun]]:
+        """The facts of all runs, seed by seed; empty as long as one is missing."""
+        if not all(self.is_done(name, seed) for name in self.trained for seed in self.seeds):
+            return {}
+        return {name: [read_run(self.folder(name, seed)) for seed in self.seeds] for name in self.trained}
+
+
+Facts = Mapping[str, Sequence[TrainingRun]]
+
+
+def main(argv: list[str] | None = None) -> None:
+    experiments = read_experiments()
+    arguments = parse_arguments(argv)
+    if not arguments.report:
+        for name in arguments.experiments:
+            if name == SCALING:
+                train_grid(arguments)
+            else:
+                train(experiments[name], arguments)
+    with report_user_errors("reference.py"):
+        pages = render(experiments.values())
+    for file, text in pages.items():
+        file.write_text(text, encoding="utf-8")
+        print(file)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    names = [*read_experiments(), SCALING]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--experiments", nargs="+", choices=names, default=names, metavar="EXPERIMENT",
+        help=f"of {', '.join(names)} (default: all)")  # fmt: skip
+    add("--dataset", default=DATASET, help=f"CIFAR-10's train and test on the Hub or in a folder (default: {DATASET})")
+    add("--folder", type=Path, default=Path("runs/reference"), help="where the models go (default: runs/reference)")
+    add("--report", action="store_true", help="train nothing: write the tables alone")
+    return parser.parse_args(argv)
+
+
+def read_experiments() -> dict[str, Experiment]:
+    known = yaml.safe_load((RESULTS / "experiments.yaml").read_text(encoding="utf-8"))
+    return {name: Experiment(name=name, **fields) for name, fields in known.items()}
+
+
+def slug(name: str) -> str:
+    """A run's name as that of a folder."""
+    return re.sub(r"\W+", "_", name)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def train(experiment: Experiment, arguments: argparse.Namespace) -> None:
+    """All runs of an experiment that are not done, seed by seed."""
+    for seed in experiment.seeds:
+        for name in experiment.trained:
+            if not experiment.is_done(name, seed):
+                folder = make(experiment, name, seed, arguments)
+                with_card = name in experiment.cards and seed == experiment.seeds[0]
+                keep(folder, experiment.folder(name, seed), (RUN, *(CARD_FILES if with_card else ())))
+
+
+def make(experiment: Experiment, name: str, seed: int, arguments: argparse.Namespace) -> Path:
+    """The folder of a run, trained with what it needs unless it is there."""
+    folders = {each: arguments.folder / experiment.name / f"{slug(each)}_{seed}" for each in experiment.runs}
+    script, *options = experiment.argv(name, folders)
+    if (folders[name] / ("config.json" if script == RESET else RUN)).is_file():
+        return folders[name]
+    for source in experiment.sources(name):
+        make(experiment, source, seed, arguments)
+    print(f"\n{experiment.name}, {name}, seed {seed}", flush=True)
+    if script == RESET:
+        reset_positions(Path(option(options, "--model")), int(option(options, "--image_size")), seed, folders[name])
+    else:
+        run(script, [*options, "--dataset", arguments.dataset, "--seed", str(seed)], folders[name])
+    return folders[name]
+
+
+def train_grid(arguments: argparse.Namespace) -> None:
+    if not (RESULTS / SCALING).exists():
+        folder = arguments.folder / SCALING
+        run("scaling", ["--recipe", "cifar10_scaling", "--dataset", arguments.dataset], folder)
+        keep(folder, RESULTS / SCALING, FILES)
+
+
+def run(script: str, options: Sequence[str], folder: Path) -> None:
+    """Raises SystemExit if a training script fails, which has said why."""
+    argv = [sys.executable, "-m", f"trainers.{script}", *options, "--output_dir", str(folder), "--report_to", "none"]
+    status = subprocess.run(argv).returncode
+    if status:
+        raise SystemExit(status)
+
+
+def option(options: Sequence[str], name: str) -> str:
+    return options[options.index(name) + 1]
+
+
+def reset_positions(source: Path, image_size: int, seed: int, folder: Path) -> None:
+    """A copy of a classifier at another image size with new random positions."""
+    set_seed(seed)
+    model, processor = make_model(ModelArguments(str(source), image_size=image_size))
+    new = type(model)(model.config)
+    new.load_state_dict(
+        {name: value for name, value in model.state_dict().items() if "position" not in name}, strict=False
+    )
+    new.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def keep(source: Path, folder: Path, patterns: Sequence[str]) -> None:
+    """Copies files of a run into a new folder, all or nothing."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as made:
+        copies = Path(made, folder.name)
+        for file in (file for pattern in patterns for file in source.glob(pattern)):
+            copy = copies / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, copy)
+        os.rename(copies, folder)
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def render(experiments: Iterable[Experiment]) -> dict[Path, str]:
+    """The page and README.md with its table, by their files.
+
+    Raises:
+        ValueError: if README.md has no place for it.
+    """
+    found = {experiment: experiment.read() for experiment in experiments}
+    found = {experiment: runs for experiment, runs in found.items() if runs}
+    grid = RESULTS / SCALING / FACTS
+    grid = json.loads(grid.read_text(encoding="utf-8")) if grid.is_file() else None
+    readme = README.read_text(encoding="utf-8")
+    old = find_parts(readme).get(PART)
+    if old is None:
+        raise ValueError(
+            f"{README.name} has no part {PART!r}: put <!-- begin {PART}: --> and <!-- end {PART} --> there"
+        )
+    begin, *_, end = old.splitlines()
+    new = f"{begin}\n{render_summary(found, grid)}\n{end}"
+    return {RESULTS / "README.md": render_page(found, grid), README: readme.replace(old, new)}
+
+
+def render_summary(found: Mapping[Experiment, Facts], grid: Mapping | None) -> str:
+    """A row for each experiment."""
+    if not found and grid is None:
+        return "None of them has been run yet."
+    rows = []
+    for experiment, runs in found.items():
+        figures = [f"{name} {format_percent(measure(experiment, runs[name]))}" for name in experiment.compared]
+        link = f"[{experiment.title}](model_cards/results/README.md#{experiment.name})"
+        rows.append((link, f"{MEASURES[experiment.measure]}: {', '.join(figures)}", count(experiment.seeds)))
+    if grid is not None:
+        seeds = {result["seed"] for result in grid["results"]}
+        link = f"[{grid['grid']} models, shares of the images and seeds](model_cards/results/{SCALING}/{REPORT})"
+        rows.append((link, " ".join(list_verdicts(grid)), count(seeds)))
+    return tabulate(("", "mean ± standard deviation", "seeds"), rows)
+
+
+def render_page(found: Mapping[Experiment, Facts], grid: Mapping | None) -> str:
+    parts = [
+        "# Results on CIFAR-10",
+        "Of short runs: they compare, and set no records. All are judged on the 10,000 test images, once, at the end. "
+        "Means and standard deviations are over seeds, and differences are taken seed by seed. Images and time include "
+        "those of the runs that one starts from or learns from.",
+        "Written by `python tests/benchmarks/reference.py --report` from the facts of the runs, each a `run.json` "
+        "beside this page. Without `--report` it trains what is missing.",
+    ]
+    for experiment, runs in found.items():
+        origin = [f"{name}: {fact}" for name, fact in {"Data": describe_data(runs), **list_origins(flat(runs))}.items()]
+        parts += [
+            f'<a id="{experiment.name}"></a>\n\n## {experiment.title}',
+            experiment.text,
+            tabulate_runs(experiment, runs),
+            *list_cards(experiment),
+            "<details><summary>Commands</summary>",
+            *(f"{name}:\n\n{fence(command(experiment, name), 'bash')}" for name in experiment.runs),
+            "</details>",
+            escape_markdown("; ".join(origin) + "."),
+        ]
+    if grid is not None:
+        parts += [f"## A grid of models and shares of the images\n\n[Its report]({SCALING}/{REPORT})."]
+    return "\n\n".join(parts) + "\n"
+
+
+def describe_data(runs: Facts) -> str:
+    return "; ".join(dict.fromkeys(run.dataset or run.dataset_title or run.dataset_folder for run in flat(runs)))
+
+
+def flat(runs: Facts) -> list[TrainingRun]:
+    return [run for seeds in runs.values() for run in seeds]
+
+
+def list_cards(experiment: Experiment) -> list[str]:
+    places = {name: experiment.folder(name, experiment.seeds[0]).relative_to(RESULTS) for name in experiment.cards}
+    links = [f"[{name}]({place.as_posix()}/{CARD})" for name, place in places.items()]
+    return [f"Cards of seed {experiment.seeds[0]}: {', '.join(links)}."] if links else []
+
+
+def command(experiment: Experiment, run: str) -> str:
+    script, *options = experiment.argv(run, {name: f"runs/{slug(name)}" for name in experiment.runs})
+    if script == RESET:
+        return f"# new random positions in {option(options, '--model')}, at another size: reference.py does that itself"
+    own = ["--dataset", DATASET, "--output_dir", f"runs/{slug(run)}"]
+    return break_lines(f"python -m trainers.{script} {shlex.join([*options, *own])} --seed N")
+
+
+def tabulate_runs(experiment: Experiment, runs: Facts) -> str:
+    first, *_ = experiment.compared
+    shown = dict.fromkeys(["accuracy", experiment.measure])
+    rows = []
+    for name in experiment.compared:
+        values, run = measure(experiment, runs[name]), runs[name][0]
+        differences = values - measure(experiment, runs[first])
+        images, seconds = add_sources(experiment, name, runs)
+        rows.append(
+            (
+                name,
+                *(format_percent(measure(experiment, runs[name], each)) for each in shown),
+                ", ".join(f"{value:.2%}" for value in values),
+                "-" if name == first else format_percent(differences, sign="+"),
+                f"{run.num_parameters / 1e6:.2f}",
+                f"{run.flops / 1e9:.3g}",
+                f"{images:,.0f}",
+                format_duration(seconds),
+            )
+        )
+    titles = ("", *(MEASURES[each] for each in shown), f"of seeds {count(experiment.seeds)}", f"against {first}")
+    return tabulate((*titles, "M parameters", "GFLOPs an image", "images seen", "time"), rows)
+
+
+def add_sources(experiment: Experiment, name: str, runs: Facts) -> tuple[float, float]:
+    """Images and seconds of a run with those of its sources, means of its seeds."""
+    own = runs.get(name, ())
+    images = float(np.mean([run.sights for run in own])) if own else 0.0
+    seconds = float(np.mean([run.wall_time for run in own])) if own else 0.0
+    for source in experiment.sources(name):
+        more = add_sources(experiment, source, runs)
+        images, seconds = images + more[0], seconds + more[1]
+    return images, seconds
+
+
+def measure(experiment: Experiment, runs: Sequence[TrainingRun], what: str | None = None) -> np.ndarray:
+    """What is compared, or another of `MEASURES`, of each seed."""
+    if (what or experiment.measure) == "accuracy":
+        return np.array([run.results["accuracy"] for run in runs])
+    # Classes become rarer in their order.
+    recalls = [run.confusion_matrix.diagonal() / run.confusion_matrix.sum(axis=1) for run in runs]
+    return np.array([recall[-RARE_CLASSES:].mean() for recall in recalls])
+
+
+def format_percent(shares: np.ndarray, sign: str = "") -> str:
+    """Mean and standard deviation, or the only value."""
+    spread = f" ± {100 * shares.std(ddof=1):.1f}" if len(shares) > 1 else ""
+    return f"{100 * shares.mean():{sign}.1f}{spread} %"
+
+
+def count(seeds: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(seeds)))
+
+
+if __name__ == "__main__":
+    main()
