@@ -84,7 +84,12 @@ def _from_preset(
 
 def is_preset(model: str) -> bool:
     """Whether a model is one that has a name here, and random weights."""
-    return model in (*list_presets(), *list_cnns())
+    return model in list_named()
+
+
+def list_named() -> list[str]:
+    """Presets of this family and named CNNs."""
+    return [*list_presets(), *list_cnns()]
 
 
 def _preset_config(arguments: ModelArguments, overrides: dict) -> PreTrainedConfig:
@@ -194,9 +199,7 @@ def check_is_model(name: str, argument: str) -> None:
     if Path(name).is_dir() and not Path(name, "config.json").exists():
         raise ValueError(f"folder {name!r} holds no config.json: give one that was written by save_pretrained")
     if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith(("runs/", "/", ".", "~"))):
-        presets = (
-            f", or one of list_presets(){suggest(name, (*list_presets(), *list_cnns()))}" if argument == "model" else ""
-        )
+        presets = f", or one of list_presets(){suggest(name, list_named())}" if argument == "model" else ""
         raise ValueError(
             f"there is no {argument} {name!r}: give a folder written by save_pretrained, a Hub id such as "
             f"user/name{presets}"

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from model_cards.environment import describe_hardware
 from model_cards.facts import RUN, TrainingRun, list_origins, read_run
 from model_cards.scaling import REPORT, write_study
-from modeling_vit_custom import list_presets, preset_config
+from modeling_vit_custom import preset_config
 from modeling_vit_custom.command_line import report_user_errors
 from trainers.arguments import (
     COMMON_GROUPS,
@@ -52,7 +52,7 @@ from trainers.classification import check_given
 from trainers.cnns import cnn_config, list_cnns
 from trainers.data import TRAIN, label_names, load_splits
 from trainers.hub import RECIPE
-from trainers.models import is_preset, make_model, open_processor, parse_overrides, read_processor
+from trainers.models import is_preset, list_named, make_model, open_processor, parse_overrides, read_processor
 from trainers.pace import STEP_COST, count_flops, describe_seconds
 from trainers.run_facts import format_command
 from trainers.scaling_laws import Result, analyse
@@ -301,7 +301,7 @@ def read_family(text: str) -> tuple[str, dict]:
     """
     name, _, fields = text.partition(":")
     if not is_preset(name):
-        near = suggest(name, (*list_presets(), *list_cnns()))
+        near = suggest(name, list_named())
         raise ValueError(f"--models {text!r}: {name!r} is no preset, as list_presets() and list_cnns() name them{near}")
     # Commas of lists divide nothing.
     return name, parse_overrides([each for each in re.split(r",(?![^\[]*\])", fields) if each])

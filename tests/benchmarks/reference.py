@@ -28,9 +28,6 @@ import numpy as np
 import yaml
 from transformers import set_seed
 
-
-# The folder above holds this package; so the file runs as a script and as a module alike.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model_cards.facts import RUN, TrainingRun, list_origins, read_run
 from model_cards.pages import tabulate
 from model_cards.rendering import CARD, break_lines, escape_markdown, fence, find_parts, format_duration
