@@ -47,6 +47,9 @@ class TrainingRun:
     dataset_title: str | None = None  # what to call one that is built in
     dataset_folder: str | None = None  # the name of a local one
     split_sizes: Mapping[str, int] | None = None
+    train_fraction: float | None = None  # share of the training images that was seen, if not all
+    train_imbalance: float | None = None  # how many times less of the last class than of the first, if not the same
+    train_counts: Sequence[int] = ()  # of each class, training images that were seen
 
     evaluation_split: str | None = None  # the split of all that follows
     evaluation_origin: str | None = None  # its name in the data set, if another: train, of which it was held out
@@ -88,11 +91,12 @@ class TrainingRun:
         for name, value in (self.results or {}).items():
             if is_fraction(name) and not 0 <= value <= 1:
                 raise ValueError(f"{name} is a fraction between 0 and 1, got {value}")
-        if self.confusion_matrix is not None:
-            num_classes = len(self.label_names)
-            if self.confusion_matrix.shape != (num_classes, num_classes):
-                shape = self.confusion_matrix.shape
-                raise ValueError(f"a confusion matrix of shape {shape} does not fit {num_classes} label names")
+        num_classes = len(self.label_names)
+        if self.train_counts and len(self.train_counts) != num_classes:
+            raise ValueError(f"{len(self.train_counts)} counts of classes do not fit {num_classes} label names")
+        if self.confusion_matrix is not None and self.confusion_matrix.shape != (num_classes, num_classes):
+            shape = self.confusion_matrix.shape
+            raise ValueError(f"a confusion matrix of shape {shape} does not fit {num_classes} label names")
 
     @property
     def sights(self) -> int | None:

@@ -43,6 +43,7 @@ ATTENTION_DISTANCE = "attention_distance.png"
 DRAWN = (TRAINING_CURVES, CONFUSION_MATRIX, CALIBRATION, ATTENTION_DISTANCE)
 FIGURES = (*DRAWN, PREDICTIONS, ATTENTION, RECONSTRUCTIONS, FILTERS, POSITIONS)
 FIGURE_DPI = 150
+SCORES_OF_CLASSES = ("Recall", "Precision", "F1")
 MAX_WORST_CLASSES = 5
 MAX_LISTED_CLASSES = 100
 MAX_COMMAND_WIDTH = 90
@@ -131,6 +132,7 @@ def render_card(
         progress=_describe_progress(run),
         measured_on=_describe_evaluation(run),
         results=[_format_metric(run, name, value) for name, value in (run.results or {}).items()],
+        class_columns=["Class", *(["Training images"] if run.train_counts else []), "Images", *SCORES_OF_CLASSES],
         classes=_list_classes(run),
         files=files,
         location=hub_id or ".",
@@ -149,6 +151,7 @@ def render_card(
         ],
         data_source=_describe_dataset(run),
         split_sizes=[(escape_markdown(name), f"{size:,}") for name, size in (run.split_sizes or {}).items()],
+        selection=_describe_selection(run),
         command=None if run.command is None else fence(break_lines(run.command), "bash"),
         training_facts=_list_training_facts(run),
         limits=limits,
@@ -318,6 +321,21 @@ def _describe_dataset(run: TrainingRun) -> str | None:
     return None if run.dataset_folder is None else f"the local folder {escape_markdown(run.dataset_folder)}"
 
 
+def _describe_selection(run: TrainingRun) -> str | None:
+    """What of the training images the model saw, and how unevenly they are spread over the classes."""
+    sentences = []
+    if run.train_fraction is not None or run.train_imbalance is not None:
+        seen = "all" if run.train_fraction is None else f"a share of {run.train_fraction:g}"
+        if run.train_imbalance is not None:
+            seen += f" of the first class, of each later one less, and of the last {run.train_imbalance:g} times less"
+        sentences.append(f"Of the training images it saw {seen}.")
+    if len(set(run.train_counts)) > 1:
+        pairs = list(zip(run.train_counts, map(escape_markdown, run.label_names)))
+        few, many = (f"{count:,} ({name})" for count, name in (min(pairs), max(pairs)))
+        sentences.append(f"It saw {few} to {many} images of a class.")
+    return " ".join(sentences) or None
+
+
 def _format_metric(run: TrainingRun, name: str, value: float) -> tuple[str, str]:
     title = METRIC_TITLES[name] if name in METRIC_TITLES else escape_markdown(name)
     if not is_fraction(name):
@@ -331,7 +349,7 @@ def _format_metric(run: TrainingRun, name: str, value: float) -> tuple[str, str]
 
 
 def _list_classes(run: TrainingRun) -> list[tuple[str, ...]]:
-    """Rows of class, images, recall, precision and F1, if there are not too many."""
+    """Rows of class, training images where they are known, images, recall, precision and F1, if not too many."""
     matrix = run.confusion_matrix
     if matrix is None or len(run.label_names) > MAX_LISTED_CLASSES:
         return []
@@ -343,6 +361,7 @@ def _list_classes(run: TrainingRun) -> list[tuple[str, ...]]:
         rows.append(
             (
                 escape_markdown(name),
+                *([f"{run.train_counts[index]:,}"] if run.train_counts else []),
                 f"{images:,}",
                 *("-" if share is None else f"{share:.1%}" for share in (*shares, f1)),
             )

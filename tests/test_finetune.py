@@ -17,6 +17,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from sklearn.datasets import load_digits
 from transformers import (
     AutoModelForImageClassification,
     DeiTConfig,
@@ -127,8 +128,20 @@ def test_the_card_tells_what_was_measured(checkpoint):
     assert run.confusion_matrix.sum() == 360
     assert sum(images for images, _, _ in run.calibration) == 360
     assert run.label_names == list("0123456789")
+    held_out = run.confusion_matrix.sum(axis=1)
+    assert (run.train_counts + held_out == np.bincount(load_digits().target)).all()
     assert [widget["example_title"] in run.label_names for widget in card.data.widget] == [True] * 3
     assert str(checkpoint.parent) not in (checkpoint / "run.json").read_text()
+
+
+def test_the_card_tells_what_was_left_out(tmp_path):
+    share = ["--train_fraction", "0.5", "--train_imbalance", "4"]
+    finetune(["--recipe", "quickstart", "--output_dir", str(tmp_path), *SHORT, *share])
+    run = read_run(tmp_path)
+    splits = load_splits(DataArguments(dataset="digits", train_fraction=0.5, train_imbalance=4.0))
+    assert run.train_counts == np.bincount(splits["train"]["label"]).tolist()
+    assert run.split_sizes["train"] == sum(run.train_counts)
+    assert "saw a share of 0.5 of the first class" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_pipeline_scores_what_the_run_scored(checkpoint):

@@ -79,6 +79,7 @@ FULL_RUN = TrainingRun(
     base_model="facebook/deit-tiny-patch16-224",
     dataset="someone/flowers",
     split_sizes={"train": 1200, "test": 30},
+    train_counts=[800, 320, 80],
     evaluation_split="test",
     results={"accuracy": 0.8, "top5_accuracy": 1.0, "loss": 0.51234},
     confusion_matrix=np.array([[10, 0, 0], [1, 8, 1], [4, 0, 6]]),
@@ -240,10 +241,10 @@ def test_full_card_states_every_fact(tmp_path):
         ["Top-5 accuracy", "100.00% (95 % interval 88.6% to 100.0%)"],
         ["Loss", "0.5123"],
     ]
-    assert read_table(text, "| Class | Images |") == [
-        ["daisy", "10", "100.0%", "66.7%", "80.0%"],
-        ["rose", "10", "80.0%", "100.0%", "88.9%"],
-        ["tulip", "10", "60.0%", "85.7%", "70.6%"],
+    assert read_table(text, "| Class | Training images | Images |") == [
+        ["daisy", "800", "10", "100.0%", "66.7%", "80.0%"],
+        ["rose", "320", "10", "80.0%", "100.0%", "88.9%"],
+        ["tulip", "80", "10", "60.0%", "85.7%", "70.6%"],
     ]
     assert "It is less confident than right: mean confidence is 76.7%, 3.3 points below accuracy." in text
     assert "arxiv.org/abs/2012.12877" in text
@@ -356,6 +357,8 @@ def test_impossible_facts_are_refused():
         TrainingRun(name="out", from_scratch=True, base_model="google/vit")
     with pytest.raises(ValueError, match=r"shape \(2, 2\) does not fit 3 label names"):
         TrainingRun(name="out", label_names=["a", "b", "c"], confusion_matrix=np.eye(2, dtype=int))
+    with pytest.raises(ValueError, match="1 counts of classes do not fit 2 label names"):
+        TrainingRun(name="out", label_names=["a", "b"], train_counts=[3])
 
 
 # ------------------------------------------------------------------------------------------------------- nasty names
@@ -390,6 +393,30 @@ def test_nasty_class_names_survive(tmp_path):
     assert card.data.eval_results[0].dataset_split == NASTY_NAMES[3]
     # What is not on the Hub is opened in its own folder, whatever that is called.
     assert 'pipeline("image-classification", model=".", trust_remote_code=True)' in text
+
+
+@pytest.mark.parametrize(
+    ("facts", "sentence"),
+    [
+        ({"train_fraction": 0.1}, "Of the training images it saw a share of 0.1."),
+        (
+            {"train_imbalance": 50.0},
+            "Of the training images it saw all of the first class, of each later one less, and of the last 50 times "
+            "less.",
+        ),
+        (
+            {"train_fraction": 0.5, "train_imbalance": 2.0, "label_names": ["a|b", "c"], "train_counts": [20, 10]},
+            "Of the training images it saw a share of 0.5 of the first class, of each later one less, and of the last "
+            r"2 times less. It saw 10 (c) to 20 (a\|b) images of a class.",
+        ),
+        ({"label_names": ["a", "b"], "train_counts": [7, 7]}, None),
+    ],
+    ids=["share", "imbalance", "both", "balanced"],
+)
+def test_what_was_seen_of_the_training_images_is_told(facts, sentence):
+    text = render_card(TrainingRun(name="out", dataset_folder="cats", **facts)).text
+    data = text.partition("## Data")[2].partition("<!-- end data -->")[0].strip().splitlines()
+    assert data == ["The images are those of the local folder cats.", *(["", sentence] if sentence else [])]
 
 
 def test_a_model_of_the_library_needs_no_trust():

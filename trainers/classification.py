@@ -81,10 +81,13 @@ def train_classifier(command: TrainingCommand) -> None:
             describe=lambda: TrainingRun(**facts(), **latest_evaluation(trainer.state, splits)),
         )
 
-    facts_of_model = describe_model(trainer.published_model(), processor) | {"label_names": label_names(splits)}
+    unchanging = describe_model(trainer.published_model(), processor) | {
+        "label_names": label_names(splits),
+        "train_counts": [] if command.data.streaming else counts.tolist(),
+    }
 
     def facts() -> dict:
-        return facts_of_model | gather_facts(command, trainer)
+        return unchanging | gather_facts(command, trainer)
 
     if trainer.is_world_process_zero():
         print(describe(f"{command.model.model}, {model.config.num_labels} classes", model, splits, training_args))

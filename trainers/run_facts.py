@@ -80,6 +80,8 @@ def gather_facts(command: TrainingCommand, trainer: ViTTrainer) -> dict:
         **name_origin("base_model", "base_folder", None if from_scratch else model),
         **name_origin("dataset", "dataset_folder", None if is_built_in else data),
         "dataset_title": BUILT_IN_TITLES.get(data),
+        "train_fraction": command.data.train_fraction if command.data.train_fraction < 1 else None,
+        "train_imbalance": command.data.train_imbalance if command.data.train_imbalance > 1 else None,
         "log_history": state.log_history,
         "step": None if is_done else state.global_step,
         "max_steps": None if is_done else state.max_steps,

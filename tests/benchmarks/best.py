@@ -41,6 +41,7 @@ from benchmarks.peers import (
     set_attention,
 )
 from benchmarks.steps import MIN_ROUNDS, Step, describe_error, format_quartiles, rotated, time_step
+from model_cards.pages import tabulate
 from modeling_vit_custom.command_line import positive, report_user_errors
 from modeling_vit_custom.convert import from_transformers, to_int8
 from trainers.bootstrap import mean_intervals
@@ -162,14 +163,15 @@ def format_table(
         return ratio(times[other], times[way]) if way in times and other in times else "-"
 
     ours, theirs = best("ours"), best("transformers", "timm")
-    lines = [
-        f"| {way} | {arguments.batch_size / medians[way]:.1f} | {compare(way, theirs)} |"
+    rows = [
+        (way, f"{arguments.batch_size / medians[way]:.1f}", compare(way, theirs))
         for way in sorted(medians, key=medians.get)
     ]
-    lines += [f"| {way} | failed: {error[:120]} | |".replace("\n", " ") for way, error in errors.items()]
+    rows += [(way, f"failed: {error[:120]}".replace("\n", " "), "") for way, error in errors.items()]
     summary = f"Ours at its best / theirs at its best (`{theirs}`): **{compare(ours, theirs)}**."
     summary += f" int8 / our best bfloat16 (`{ours}`): **{compare(INT8, ours)}**."
-    return "\n".join([f"## {name}", "", summary, "", "| | images/s | / theirs at its best |", "|---|---|---|", *lines])
+    table = tabulate(("", "images/s", "/ theirs at its best"), rows)
+    return f"## {name}\n\n{summary}\n\n{table}"
 
 
 def ratio(theirs: list[float], ours: list[float]) -> str:
@@ -208,8 +210,8 @@ def measure_accuracy(arguments: argparse.Namespace) -> str:
                 torch.cat([run(batch).argmax(dim=-1) == classes for batch, classes in batches]).double().numpy()
             )
     changes = mean_intervals(np.stack([right[way] - right["float32"] for way in ways], axis=1), 1000, 0)
-    lines = [
-        f"| {way} | {right[way].mean():.2%} | {'-' if way == 'float32' else format_change(change)} |"
+    rows = [
+        (way, f"{right[way].mean():.2%}", "-" if way == "float32" else format_change(change))
         for way, change in zip(ways, changes)
     ]
     return "\n".join(
@@ -219,9 +221,7 @@ def measure_accuracy(arguments: argparse.Namespace) -> str:
             f"Of {TRAINED.name} on {len(labels):,} images, int8 calibrated on {len(seen)} training images; changes in "
             "percentage points with 95 % intervals over the images.",
             "",
-            "| | accuracy | change |",
-            "|---|---|---|",
-            *lines,
+            tabulate(("", "accuracy", "change"), rows),
         ]
     )
 

@@ -26,6 +26,7 @@ from benchmarks.arguments import add_output
 from benchmarks.environment import describe_environment, format_environment
 from benchmarks.foreign_files import PUBLISHED, SOURCES, TINY, Sizes, has_counterpart, outputs_of
 from benchmarks.peers import make_images, max_difference, randomise
+from model_cards.pages import tabulate
 from modeling_vit_custom.convert import convert, from_timm, from_transformers, to_npz, to_timm, to_transformers
 
 
@@ -63,13 +64,12 @@ def main(argv: list[str] | None = None) -> int:
     rows = [measure(source, sizes, arguments.images) for source in tqdm(SOURCES, unit="source")]
     environment = describe_environment("conversions.py", argv, "cpu")
     environment["versions"] += f", torchvision {torchvision.__version__}"
-    table = [" | ".join(row) for row in (COLUMNS, ["---"] * len(COLUMNS), *(row for row, _ in rows))]
     text = "\n\n".join(
         [
             "# Conversions",
             format_environment(environment),
             LEGEND.format(images=arguments.images),
-            "\n".join(f"| {row} |" for row in table),
+            tabulate(COLUMNS, [row for row, _ in rows]),
         ]
     )
     print(text)

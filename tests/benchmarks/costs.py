@@ -52,6 +52,7 @@ from benchmarks.steps import (
     time_step,
 )
 from model_cards.figures import GROUP_COLORS
+from model_cards.pages import tabulate
 from modeling_vit_custom import (
     ViTCustomConfig,
     ViTCustomForImageClassification,
@@ -405,8 +406,7 @@ def format_table(part: str, dtype: str, cases: Sequence[Case]) -> str:
     )  # fmt: skip
     if part != "batch_size":
         title += f", {cases[0].batch_size} images a step"
-    lines = [columns, ("---",) * len(columns), *rows]
-    return "\n".join([f"## {title}, {dtype}", "", *(f"| {' | '.join(line)} |" for line in lines)])
+    return f"## {title}, {dtype}\n\n{tabulate(columns, rows)}"
 
 
 def name_axis(part: str) -> str:

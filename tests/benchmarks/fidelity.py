@@ -28,6 +28,7 @@ from benchmarks.peers import (
     max_difference,
     set_attention,
 )
+from model_cards.pages import tabulate
 from modeling_vit_custom.command_line import positive
 
 
@@ -50,8 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     with torch.backends.cudnn.flags(allow_tf32=False):
         rows = measure(arguments)
     cells = [(*row[:-2], f"{row[-2]:.1e}", f"{row[-1]:.2f}") for row in rows]
-    table = [" | ".join(row) for row in (COLUMNS, ["---"] * len(COLUMNS), *cells)]
-    text = "\n\n".join([*lines, "\n".join(f"| {row} |" for row in table)]) + "\n"
+    text = "\n\n".join([*lines, tabulate(COLUMNS, cells)]) + "\n"
     print(text)
     if arguments.output is not None:
         arguments.output.write_text(text)

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.arguments import add_output
 from benchmarks.environment import describe_environment, format_environment
 from benchmarks.peers import make_images, max_difference, randomise
+from model_cards.pages import tabulate
 from modeling_vit_custom import ViTCustomForImageClassification, list_presets, preset_config
 from modeling_vit_custom.convert import to_exported_program, to_onnx
 
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = [measure(preset) for preset in tqdm(arguments.presets, unit="preset")]
     environment = describe_environment("graphs.py", argv, "cpu")
     environment["versions"] += f", onnxruntime {onnxruntime.__version__}"
-    table = "\n".join(f"| {' | '.join(row)} |" for row in (COLUMNS, ["---"] * len(COLUMNS), *(row for row, _ in rows)))
+    table = tabulate(COLUMNS, [row for row, _ in rows])
     text = "\n\n".join(["# Graphs", format_environment(environment), LEGEND, table])
     print(text)
     if arguments.output is not None:

@@ -46,6 +46,7 @@ from benchmarks.costs import make_step
 from benchmarks.environment import describe_environment, format_environment
 from benchmarks.steps import MIN_ROUNDS, format_quartiles, rotated, time_step
 from model_cards.figures import GROUP_COLORS
+from model_cards.pages import tabulate
 from modeling_vit_custom.command_line import not_negative, positive, report_user_errors
 from trainers.arguments import COMMON_GROUPS, DataArguments, TrainingArguments, TrainingCommand
 from trainers.arguments import parse_arguments as parse_training_arguments
@@ -333,22 +334,21 @@ over every time. The bare step is forward, cross-entropy in fp32, backward and f
 
 
 def format_tables(runs: Sequence[Run], parts: Sequence[Parts], arguments: argparse.Namespace) -> str:
-    columns = ("workers", "augmented by", "**images/s / bare step**", "images/s", "waiting for data")
-    lines = [columns, ("---",) * len(columns)]
+    rows = []
     bare = {each.round: arguments.batch_size / np.median(each.seconds[BARE]) for each in parts}
     for workers, augmented_by in itertools.product(arguments.workers, AUGMENTED_BY):
         own = [each for each in runs if (each.workers, each.augmented_by) == (workers, augmented_by)]
         ratios = [each.rate / bare[each.round] for each in own]
         rates, waits = [each.rate for each in own], [each.waiting for each in own]
         cells = (format_quartiles(ratios, "{:.2f}".format), format_quartiles(rates))
-        lines.append((str(workers), augmented_by, *cells, format_quartiles(waits, "{:.1%}".format)))
-    lines.append((BARE, "-", "1", format_quartiles(list(bare.values())), "-"))
-    return "\n\n".join([as_table(lines), format_parts(parts, arguments)])
+        rows.append((str(workers), augmented_by, *cells, format_quartiles(waits, "{:.1%}".format)))
+    rows.append((BARE, "-", "1", format_quartiles(list(bare.values())), "-"))
+    titles = ("workers", "augmented by", "**images/s / bare step**", "images/s", "waiting for data")
+    return f"{tabulate(titles, rows)}\n\n{format_parts(parts, arguments)}"
 
 
 def format_parts(parts: Sequence[Parts], arguments: argparse.Namespace) -> str:
-    columns = ("part", "by", "ms an image", "images/s", "**time / bare step**", "goal")
-    lines = [columns, ("---",) * len(columns)]
+    rows = []
     threads = f"{torch.get_num_threads()} thread(s)" if arguments.device == "cpu" else "the GPU"
     rates = {}
     for name in PARTS:
@@ -365,10 +365,11 @@ def format_parts(parts: Sequence[Parts], arguments: argparse.Namespace) -> str:
             "1" if name == BARE else format_quartiles(ratios, "{:.3f}".format),
             goal if name == AUGMENTATION else "-",
         )
-        lines.append(cells)
+        rows.append(cells)
         rates[name] = np.median(speeds)
     loading, both = (count_cores(rates[BARE], rates[name]) for name in OF_WORKERS)
-    return as_table(lines) + (
+    titles = ("part", "by", "ms an image", "images/s", "**time / bare step**", "goal")
+    return tabulate(titles, rows) + (
         "\n\nComputed from these medians, not measured: for loading to cost at most "
         f"{LOST_SHARE:.0%} of the bare step's rate, images must come from {loading} core(s) that do nothing else, from "
         f"{both} where they augment as well."
@@ -378,10 +379,6 @@ def format_parts(parts: Sequence[Parts], arguments: argparse.Namespace) -> str:
 def count_cores(step_rate: float, rate_of_core: float) -> int:
     """Cores that load as many images a second as steps take, less the share that may be lost."""
     return math.ceil((1 - LOST_SHARE) * step_rate / rate_of_core)
-
-
-def as_table(lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write(

@@ -24,6 +24,7 @@ from benchmarks.arguments import add_device, add_output
 from benchmarks.environment import describe_environment, format_environment
 from benchmarks.labelled import format_change, open_rows
 from benchmarks.steps import format_quartiles, rotated, time_step
+from model_cards.pages import tabulate
 from modeling_vit_custom import ViTCustomForImageClassification
 from modeling_vit_custom.command_line import positive, report_user_errors
 from trainers.bootstrap import mean_intervals
@@ -127,11 +128,12 @@ def format_report(
     rows, columns = config.stages[0].grid_size
     flops = {count: count_flops(model, config.native_size) for count, model in models.items()}
     differences = np.stack([right[count] - right[0] for count in models], axis=1)
-    lines = []
+    rows = []
     for count, interval in zip(models, mean_intervals(differences, 1000, 0)):
         speed = format_quartiles((seconds[0] / seconds[count]).tolist(), "{:.2f}".format)
         change = format_change(interval) if count else "-"
-        lines.append(f"| {count} | {speed} | {flops[count] / flops[0]:.2f} | {right[count].mean():.2%} | {change} |")
+        rows.append((str(count), speed, f"{flops[count] / flops[0]:.2f}", f"{right[count].mean():.2%}", change))
+    titles = ("merged in each block", "speed / without", "FLOPs / without", "accuracy", "change")
     return "\n".join(
         [
             "# Token merging",
@@ -144,9 +146,7 @@ def format_report(
             "Speed is a median with [quartiles] over the batches; the change of accuracy, in percentage points, has a",
             "95 % interval over the images.",
             "",
-            "| merged in each block | speed / without | FLOPs / without | accuracy | change |",
-            "|---|---|---|---|---|",
-            *lines,
+            tabulate(titles, rows),
         ]
     )
 

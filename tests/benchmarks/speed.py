@@ -62,6 +62,7 @@ from benchmarks.peers import (
 )
 from benchmarks.steps import MIN_ROUNDS, Step, describe_error, make_training_step, measure_rise, rotated, time_step
 from model_cards.figures import GROUP_COLORS
+from model_cards.pages import tabulate
 from modeling_vit_custom.command_line import positive, report_user_errors
 from trainers.memory import keep_freed_memory
 from trainers.pace import STEP_COST, measure_matrix_rate
@@ -480,8 +481,7 @@ def format_matrix_rates(by_date: list[Record]) -> str:
 
 
 def format_section(records: list[Record]) -> list[str]:
-    rows = [COLUMNS, ["---"] * len(COLUMNS), *map(format_row, records)]
-    parts = ["\n".join(f"| {' | '.join(row)} |" for row in rows)]
+    parts = [tabulate(COLUMNS, list(map(format_row, records)))]
     if records[0].row.compiled:
         firsts = []
         for library in LIBRARIES:

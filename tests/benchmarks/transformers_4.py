@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.arguments import add_output
 from benchmarks.environment import describe_environment, format_environment
 from benchmarks.peers import make_images, max_difference, randomise
+from model_cards.pages import tabulate
 from modeling_vit_custom import ViTCustomForImageClassification, preset_config
 from modeling_vit_custom.convert import convert, export
 
@@ -83,8 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     environment = describe_environment("transformers_4.py", argv, "cpu")
     environment["versions"] += f"; there transformers {', '.join(sorted(versions))}"
     cells = [(preset, *(f"{value:.1e}" for value in row)) for preset, row in zip(PRESETS, rows)]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in (COLUMNS, ["---"] * len(COLUMNS), *cells))
-    text = "\n\n".join(["# transformers 4", format_environment(environment), LEGEND, table])
+    text = "\n\n".join(["# transformers 4", format_environment(environment), LEGEND, tabulate(COLUMNS, cells)])
     print(text)
     if arguments.output is not None:
         arguments.output.write_text(text + "\n", encoding="utf-8")
