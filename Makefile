@@ -1,4 +1,4 @@
-# Every target sets up what it needs in .venv and skips what is there.
+# Every target sets up what it needs in .venv (test-oldest: in .venv-oldest) and skips what is there.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -48,8 +48,9 @@ format: $(VENV)/installed-dev  ## Fix style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/installed-dev  ## Time models against transformers and timm
-	$(BIN)/python tests/benchmarks/speed.py --output speed.md
+bench: $(VENV)/installed-dev  ## Time models against transformers and timm, in hours: runs/speed.md
+	mkdir -p runs
+	$(BIN)/python tests/benchmarks/speed.py --output runs/speed.md
 
 fidelity: $(VENV)/installed-dev  ## Compare outputs with transformers and timm
 	$(BIN)/python tests/benchmarks/fidelity.py

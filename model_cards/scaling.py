@@ -99,12 +99,14 @@ def _describe(facts: Mapping) -> str:
     results = facts["results"]
     seeds = len({result["seed"] for result in results})
     images = sorted({result["images"] for result in results})
+    perfect = any(result["accuracy"] == 1 for result in results)
     least = f", but {facts['min_steps']:,} steps at least" if facts["min_steps"] else ""
     return (
         f"{len(results)} runs from random weights on {images[0]:,} to {images[-1]:,} training images, "
         f"{_count(seeds, 'seed')}, for {facts['epochs']:g} epochs{least}: {format_duration(facts['seconds'])} of "
         f"training in all on {facts['origin']['Hardware']}. The error is 1 - accuracy on the "
-        f"{facts['num_evaluated']:,} images of the {facts['evaluation_split']} split, which nothing was chosen on."
+        f"{facts['num_evaluated']:,} images of the {facts['evaluation_split']} split, which nothing was chosen on"
+        + ("; where there was none, half an image is taken for one." if perfect else ".")
     )
 
 
@@ -130,8 +132,8 @@ def _describe_break_evens(facts: Mapping) -> list[str]:
     if not facts["break_evens"]:
         return ["One family has nobody to be compared with."]
     about = (
-        "Each pair at the largest sizes whose forward passes cost within a factor of "
-        f"{facts['similar_cost']:g}, or most nearly the same, by their laws of the training images"
+        "Each pair at the largest sizes whose laws of the training images are known and whose forward passes cost "
+        f"within a factor of {facts['similar_cost']:g}, or most nearly the same, by these laws"
         + (", of which more also meant more steps" if _has_longer_runs(facts) else "")
         + f". A verdict is that of {facts['coverage']:.0%} of the draws of a bootstrap, or it is none."
     )
@@ -149,7 +151,7 @@ def list_verdicts(facts: Mapping) -> list[str]:
         if pair["verdict"] == "crossing":
             ahead = pair["ahead"]
             text += (
-                f"**break-even at {_format_place(pair['place'])} images**; {names[other[ahead]]} is ahead below, "
+                f"**break-even at {_format_place(pair)} images**; {names[other[ahead]]} is ahead below, "
                 f"{names[ahead]} above."
             )
         elif pair["verdict"] in names:
@@ -157,7 +159,7 @@ def list_verdicts(facts: Mapping) -> list[str]:
         elif pair["verdict"] == "extrapolated":
             text += (
                 f"{names[other[pair['ahead']]]} is ahead wherever they were measured. If their laws held beyond, they "
-                f"would break even at {_format_place(pair['place'])} images."
+                f"would break even at {_format_place(pair)} images."
             )
         else:
             text += f"cannot tell: {pair['reason']}."
@@ -171,8 +173,12 @@ def _has_longer_runs(facts: Mapping) -> bool:
     return any(len({cell["sights"] for cell in cells if cell["seed"] == cells[0]["seed"]}) > 1 for cells in sizes)
 
 
-def _format_place(place: Mapping) -> str:
+def _format_place(pair: Mapping) -> str:
+    """Of a crossing; ends at the limits of where it was looked for are open."""
+    place, (least, most) = pair["place"], pair["limits"]
     value, low, high = (f"{float(f'{place[name]:.2g}'):,.0f}" for name in ("value", "low", "high"))
+    low = f"below {low}" if place["low"] <= 1.01 * least else low
+    high = f"above {high}" if place["high"] >= 0.99 * most else high
     return f"{value} ({low} to {high})"
 
 
@@ -225,16 +231,18 @@ def _describe_limits(facts: Mapping) -> str:
         f"{_count(seeds, 'seed')} at most for each point: the scatter that intervals are made of is itself known "
         "badly, and "
         + ("each was judged on other held-out images." if facts["held_out"] else "all were judged on the same images."),
-        "All families were trained by the same recipe, which was not tuned for any of them; another one may favour "
-        "another family.",
+        "All families were trained by the same recipe; another one may favour another family.",
         "The runs that nothing cheaper reaches are chosen by the errors that are then fitted: a law by compute looks "
         "somewhat better than it is.",
     ]
-    missing = facts["grid"] - len(results)
-    if missing:
-        lines.append(
-            f"Of the grid's {facts['grid']} runs {missing} are missing: left out by the budget, or not finished."
-        )
+    missing = {
+        "left out by the budget": facts["grid"] - len(results) - facts["unfinished"],
+        "not finished": facts["unfinished"],
+    }
+    for reason, number in missing.items():
+        if number:
+            is_or_are = "is" if number == 1 else "are"
+            lines.append(f"Of the grid's {facts['grid']} runs {number:,} {is_or_are} missing: {reason}.")
     return "\n".join(f"- {line}" for line in lines)
 
 

@@ -42,15 +42,29 @@ def test_a_product_of_units_changes_no_exponent():
     np.testing.assert_allclose(few.law(1e-3 * IMAGES), many.law(1e6 * IMAGES), rtol=1e-6)
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say():
-    known = PowerLaw(0.0, (30.0,), (0.5,))
-    held = []
+@pytest.mark.parametrize(
+    ("runs", "noise", "shared"), [(1, 0.03, 0.0), (2, 0.03, 0.0), (2, 0.01, 0.03)], ids=["one", "two", "alike"]
+)
+def test_intervals_hold_the_truth_about_as_often_as_they_say(runs, noise, shared):
+    known, places = PowerLaw(0.0, (30.0,), (0.5,)), np.array([2500.0, 5000.0, 10000.0, 22500.0, 50000.0])
+    x, ends, held = np.repeat(places, runs), places[[0, -1]], 0
     for seed in range(40):
-        fit = fit_power_law(IMAGES, measure(known, IMAGES, 0.03, seed), resamples=100, seed=seed)
-        low, high = fit.band(np.array([1e4]))[:, 0]
-        held.append(low <= known(np.array([1e4]))[0] <= high)
-    # Of 40, 95 % are 38; fewer than 32 come once in ten thousand times.
-    assert sum(held) >= 32
+        of_place = 1 + shared * np.random.default_rng([seed, 1]).standard_normal(len(places))
+        errors = measure(known, x, noise, seed) * np.repeat(of_place, runs)
+        low, high = fit_power_law(x, errors, resamples=100, seed=seed).band(ends)
+        held += ((low <= known(ends)) & (known(ends) <= high)).sum()
+    # Of 80, 95 % are 76.
+    assert held >= 68
+
+
+def test_runs_without_an_error_do_not_bend_a_law():
+    known, places, ratios = PowerLaw(0.0, (0.006 * 1437**0.8,), (0.8,)), np.array([72, 144, 359, 718, 1437.0]), []
+    x = np.repeat(places, 2)
+    for seed in range(40):
+        mistakes = np.random.default_rng(seed).binomial(360, known(x))  # two at the last place
+        fit = fit_power_law(x, np.maximum(mistakes, 0.5) / 360, num_evaluated=360, resamples=2)
+        ratios.append(fit.law(places[-1:])[0] / known(places[-1:])[0])
+    assert 0.8 < np.median(ratios) < 1.25
 
 
 def test_noise_tells_nothing():

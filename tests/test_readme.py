@@ -1,6 +1,5 @@
 """What the README says is run: its commands on small data, its snippets as they stand."""
 
-import os
 import re
 import shlex
 from pathlib import Path
@@ -27,7 +26,9 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").r
 SCRIPTS = {"finetune": finetune, "pretrain": pretrain, "gallery": gallery}
 COMMANDS = re.findall(r"^\.venv/bin/python -m trainers\.(?!scaling)(\w+) (--recipe .*)$", README, re.MULTILINE)
 EVALUATIONS = re.findall(r"^\.venv/bin/python -m trainers\.evaluate (.*)$", README, re.MULTILINE)
-LAUNCHED = re.findall(r"^(?:\.venv/bin/)?(?:torchrun|accelerate launch|sbatch) .*$", README, re.MULTILINE)
+LAUNCHED = re.findall(
+    r"^(?:PATH=\S+ )?((?:\.venv/bin/)?(?:torchrun|accelerate launch|sbatch) .*)$", README, re.MULTILINE
+)
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
@@ -140,4 +141,11 @@ def test_every_recipe_is_in_the_table():
 def test_links_lead_somewhere():
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
     assert links
-    assert all(os.path.exists(Path(__file__).parents[1] / link) for link in links)
+    for link in links:
+        name, _, place = link.partition("#")
+        file = Path(__file__).parents[1] / (name or "README.md")
+        assert file.exists(), link
+        if place:
+            text = file.read_text(encoding="utf-8")
+            headings = [each.lower().replace(" ", "-") for each in re.findall("^#+ (.*)$", text, re.MULTILINE)]
+            assert place in headings or f'<a id="{place}">' in text, link

@@ -61,12 +61,18 @@ def cell(seconds: float, compute: int = 1, seed: int = 0, fraction: float = 1.0)
 
 def test_a_budget_takes_the_first_cells_that_fit():
     cells = [cell(60), cell(240), cell(120)]
-    assert scaling.choose(cells, None, None, 1) == cells
-    assert scaling.choose(cells, 3.1, None, 1) == [cells[0], cells[2]]
-    assert scaling.choose(cells, 3.6, None, 2) == cells  # two at a time
-    assert scaling.choose(cells, None, 2.5 * cells[0].compute, 1) == cells[:2]
+    assert scaling.choose(cells, [], None, None, 1) == cells
+    assert scaling.choose(cells, [], 3.1, None, 1) == [cells[0], cells[2]]
+    assert scaling.choose(cells, [], 3.6, None, 2) == cells  # two at a time
+    assert scaling.choose(cells, [], None, 2.5 * cells[0].compute, 1) == cells[:2]
     with pytest.raises(ValueError, match="allows none of 3 runs: the cheapest takes about 1 min 0 s"):
-        scaling.choose(cells, 0.1, None, 1)
+        scaling.choose(cells, [], 0.1, None, 1)
+
+
+def test_what_is_done_stays_and_is_a_part_of_the_budget():
+    cells = [cell(60), cell(240, fraction=0.5), cell(120, fraction=0.25)]
+    assert scaling.choose(cells, [cells[1].name], 3.1, None, 1) == cells[:2]
+    assert scaling.choose(cells, [each.name for each in cells], 0.1, None, 1) == cells
 
 
 def test_the_recipe_plans_a_grid(capsys):
@@ -91,6 +97,8 @@ def test_a_plan_is_shown_and_nothing_is_trained(tmp_path, capsys):
         (["--models", TINY, TINY], "each once"),
         (["--models", "vit_nano_patch2_8:depth=2"], "unknown field 'depth'"),
         (["--models", "resnet_nano_64:depth=2"], "unknown field 'depth'"),
+        (["--models", "resnet_nano_64:depths=2"], "depths=2 must be a list"),
+        (["--models", "resnet_nano_64:depths=[1,1]"], "depths=[1, 1] must be as many"),
         (["--fractions", "0.001"], "leaves 1 images, less than the 32 of a step"),
         (["--fractions", "1.5"], "fractions=1.5 must be above 0 and at most 1"),
         (["--widths", "0"], "widths=0.0 must be above 0"),
@@ -172,7 +180,7 @@ def test_a_failed_cell_does_not_end_the_others(tmp_path, capsys):
     assert (tmp_path / scaling.CELLS / name / "README.md").read_text() == "mine"
     assert f"{name} failed: finetune: error: output_dir" in capsys.readouterr().out
     assert len(json.loads((tmp_path / page.FACTS).read_text())["results"]) == 1
-    assert "Of the grid's 2 runs 1 are missing" in (tmp_path / page.REPORT).read_text()
+    assert "Of the grid's 2 runs 1 is missing: not finished." in (tmp_path / page.REPORT).read_text()
 
 
 @pytest.mark.slow
@@ -255,6 +263,7 @@ def study(results: list[Result], **more) -> dict:
         "min_steps": 0,
         "seconds": 600.0,
         "grid": len(results),
+        "unfinished": 0,
         "results": [vars(result) for result in results],
         **analyse(results, 10000, resamples=50),
         **more,
@@ -293,6 +302,31 @@ def test_pairs_are_of_like_cost_and_the_frontier_of_the_cheapest():
     for result in vits:
         cheaper = [1 - other.accuracy for other in frontier if other.compute <= result.compute]
         assert min(cheaper) <= 1 - result.accuracy + 1e-12
+
+
+def test_of_runs_that_cost_the_same_the_worse_is_not_on_the_frontier():
+    cells = [replace(make_results()[0], compute=1.0, accuracy=each, fraction=each) for each in (0.5, 0.75, 0.625)]
+    assert find_frontier(cells) == [cells[1]]
+
+
+def test_ends_of_what_was_looked_for_are_open():
+    ends = {"first": {"family": "a", "width": 1, "flops": 1e9}, "second": {"family": "b", "width": 1, "flops": 1e9}}
+    pair = {**ends, "verdict": "crossing", "ahead": "first", "limits": [2500, 50000]}
+
+    def tell(low: float, high: float) -> str:
+        return page.list_verdicts({"break_evens": [{**pair, "place": {"value": 9000, "low": low, "high": high}}]})[0]
+
+    assert "at 9,000 (4,000 to 20,000) images" in tell(4000, 20000)
+    assert "at 9,000 (below 2,500 to above 50,000) images" in tell(2500, 50000)
+
+
+def test_missing_and_perfect_runs_are_told():
+    results = make_results()
+    results[0] = replace(results[0], accuracy=1.0)
+    text = page.render_study(study(results, grid=len(results) + 5, unfinished=2))
+    assert "Of the grid's 77 runs 3 are missing: left out by the budget." in text
+    assert "Of the grid's 77 runs 2 are missing: not finished." in text
+    assert "half an image is taken for one" in text
 
 
 def test_one_family_has_nobody_to_be_compared_with():

@@ -31,13 +31,16 @@ def cnn_config(name: str, **overrides) -> ResNetConfig:
     """Configuration of a named CNN, with any field replaced.
 
     Raises:
-        ValueError: for a field that there is not, or a width without a depth.
+        ValueError: for a field that there is not, widths or depths that are no list, or a width without a depth.
     """
     usual = ResNetConfig()
     unknown = [field for field in overrides if callable(getattr(usual, field, callable))]
     if unknown:
         raise ValueError(f"unknown field {unknown[0]!r} for {name!r}")
     fields = {**_CNNS[name], **overrides}
+    for field in ("hidden_sizes", "depths"):
+        if not isinstance(fields[field], list):
+            raise ValueError(f"{field}={fields[field]!r} must be a list, of a number for each stage")
     if len(fields["hidden_sizes"]) != len(fields["depths"]):
         raise ValueError(f"hidden_sizes={fields['hidden_sizes']} and depths={fields['depths']} must be as many")
     return ResNetConfig(**fields)

@@ -2,11 +2,12 @@
 
 error = floor + sum of scale_k * x_k ** -exponent_k, for one quantity x (Zhai et al., https://arxiv.org/abs/2106.04560,
 section 3.1) or two, parameters and data (Hoffmann et al., https://arxiv.org/abs/2203.15556, equation 2). Intervals are
-percentiles of a bootstrap over the residuals of whole places, whose runs share what the law does not fit. They say how
-a fit to other runs would differ, not another form of law, nor what lies beyond the measured range.
+percentiles of a bootstrap over the residuals of places, means of the runs there, which share what the law does not fit.
+They say how a fit to other runs would differ, not another form of law, nor what lies beyond the measured range.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ PRECISION = 1e-3  # of an exponent's logarithm
 MIN_FREEDOM = 2  # places more than a law has numbers
 SIGNIFICANCE = 0.05
 PERMUTATIONS = 1000
+WEIGHTINGS = 4  # by the errors, and then by what the law before expects
 AT_ONCE = 2**22  # numbers in memory
 PLACES = 200  # where two laws are compared
 FURTHEST = 100.0  # times the measured range that an extrapolated break-even may lie beyond it
@@ -80,14 +82,20 @@ def _to_interval(values: Sequence[float]) -> Interval:
 
 
 def fit_power_law(
-    x: np.ndarray, errors: np.ndarray, names: Sequence[str] = ("x",), resamples: int = 1000, seed: int = 0
+    x: np.ndarray,
+    errors: np.ndarray,
+    names: Sequence[str] = ("x",),
+    num_evaluated: float = math.inf,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> Fit:
-    """The law that is nearest to measured errors, each in relation to itself.
+    """The law that is nearest to measured errors, each in relation to what is expected there.
 
     Args:
         x: What was varied, all above 0: (N,) of one quantity, or (N, K) of K. Several errors at one place are welcome.
         errors: (N,), all above 0.
         names: Of the quantities.
+        num_evaluated: Images that each error is a share of: of few errors fewer are known.
         resamples: Bootstrap draws.
         seed: Of these.
 
@@ -100,37 +108,39 @@ def fit_power_law(
         raise ValueError("a power law needs quantities and errors above 0")
     low, high = tuple(x.min(axis=0).tolist()), tuple(x.max(axis=0).tolist())
     num_numbers = 1 + 2 * x.shape[1]
-    _, place = np.unique(x, axis=0, return_inverse=True)
-    place = place.reshape(-1)
-    num_places = place.max() + 1
+    places, place, runs = np.unique(x, axis=0, return_inverse=True, return_counts=True)
+    num_places = len(places)
     if num_places < num_numbers + MIN_FREEDOM or any(len(np.unique(column)) < 3 for column in x.T):
         along = ", three along each quantity at least" if x.shape[1] > 1 else ""
         problem = f"a law of {num_numbers} numbers needs {num_numbers + MIN_FREEDOM} places{along}, not {num_places}"
         return Fit(None, (), None, problem, low, high)
     # In units of the middle of what was measured, where a scale is an error.
-    middles = np.exp(np.log(x).mean(axis=0))
-    units = x / middles
-    [scaled] = _search(units, errors[None])
-    expected = scaled(units)
-    # What the law took into itself of the misfit is given back.
-    residuals = (errors / expected - 1) * np.sqrt(num_places / (num_places - num_numbers))
+    middles = np.exp(np.log(places).mean(axis=0))
+    units, freedom = places / middles, num_places - num_numbers
+    means = np.bincount(place.reshape(-1), errors) / runs
+    spreads = means
+    for _ in range(WEIGHTINGS):
+        [scaled] = _search(units, means[None], spreads)
+        expected = np.maximum(scaled(units), means.min() * 1e-3)
+        # What the law took into itself of the misfit is given back.
+        residuals = (means / expected - 1) * np.sqrt(num_places / freedom)
+        spreads = expected * _relative_spread(expected, residuals, num_evaluated * runs)
     generator = np.random.default_rng(seed)
-    groups = [residuals[place == each] for each in range(num_places)]
-    drawn = np.stack([_draw(groups, place, generator) for _ in range(resamples)])
-    drawn = np.maximum(expected * (1 + drawn), errors.min() * 1e-3)
-    laws = [_rescale(law, middles) for law in (scaled, *_search(units, drawn))]
-    fit = Fit(laws[0], tuple(laws[1:]), _test_order(units, errors, generator), None, low, high)
+    drawn = generator.choice(residuals * expected / spreads, (resamples, num_places))
+    # Of few residuals their size is hardly known: as in Student's t, each draw has one of its own.
+    drawn *= np.sqrt(freedom / generator.chisquare(freedom, (resamples, 1)))
+    laws = [_rescale(law, middles) for law in (scaled, *_search(units, expected + spreads * drawn, spreads))]
+    fit = Fit(laws[0], tuple(laws[1:]), _test_order(x / middles, errors, generator), None, low, high)
     return replace(fit, problem=_find_problem(fit, names))
 
 
-def _draw(groups: Sequence[np.ndarray], place: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Residuals (N,): each place gets some of those of another one, drawn for all its runs together."""
-    source = generator.integers(len(groups), size=len(groups))
-    drawn = np.empty(len(place))
-    for each, other in enumerate(source):
-        is_here = place == each
-        drawn[is_here] = generator.choice(groups[other], is_here.sum())
-    return drawn
+def _relative_spread(expected: np.ndarray, residuals: np.ndarray, num_evaluated: np.ndarray) -> np.ndarray:
+    """Standard deviation (N,) of an error in relation to the expected one, 1 where nothing is known: that of a share of
+    so many images, and what is left of the residuals (N,), which is the same everywhere."""
+    of_images = (1 - np.minimum(expected, 1)) / (expected * num_evaluated)
+    rest = max(float(np.mean(residuals**2 - of_images)), 0.0)
+    spread = np.sqrt(of_images + rest)
+    return spread if spread.min() > 0 else np.ones_like(expected)
 
 
 def _find_problem(fit: Fit, names: Sequence[str]) -> str | None:
@@ -142,16 +152,18 @@ def _find_problem(fit: Fit, names: Sequence[str]) -> str | None:
     return None
 
 
-def _search(x: np.ndarray, errors: np.ndarray) -> list[PowerLaw]:
-    """The nearest law of each row of errors (R, N): floor and scales are solved for, exponents are searched."""
+def _search(x: np.ndarray, errors: np.ndarray, spreads: np.ndarray) -> list[PowerLaw]:
+    """The nearest law of each row of errors (R, N), in relation to their spreads (N,): floor and scales are solved for,
+    exponents are searched."""
     num_quantities, limits = x.shape[1], np.log(EXPONENTS)
     rows = max(1, AT_ONCE // (COARSE[num_quantities] ** num_quantities * x.size))
     if len(errors) > rows:
-        return [law for start in range(0, len(errors), rows) for law in _search(x, errors[start : start + rows])]
+        parts = (errors[start : start + rows] for start in range(0, len(errors), rows))
+        return [law for part in parts for law in _search(x, part, spreads)]
     axis = np.linspace(*limits, COARSE[num_quantities])
     step, places = axis[1] - axis[0], _spread(axis, num_quantities)[None]  # (1, G, K)
     while True:
-        coefficients, distances = _solve(x, errors[:, None], np.exp(places))
+        coefficients, distances = _solve(x, errors[:, None], spreads, np.exp(places))
         best = distances.argmin(axis=1)
         row = np.arange(len(errors))
         centres = places[row if len(places) > 1 else 0, best]  # (R, K)
@@ -171,17 +183,22 @@ def _spread(axis: np.ndarray, num_quantities: int) -> np.ndarray:
     return np.array(list(itertools.product(axis, repeat=num_quantities)))
 
 
-def _solve(x: np.ndarray, errors: np.ndarray, exponents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Floor and scales (..., 1 + K), none below 0, for exponents (..., K), and the squared distance that is left (...).
+def _solve(
+    x: np.ndarray, errors: np.ndarray, spreads: np.ndarray, exponents: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Floor and scales (..., 1 + K), none below 0, and the squared distance that is left (...), for errors and their
+    spreads (..., N), at places (N, K), and exponents (..., K).
 
     Of so few numbers every choice of those that are 0 can be tried: the best without a negative one is the solution.
     """
     powers = np.exp(-exponents[..., None, :] * np.log(x))  # (..., N, K)
-    columns = np.concatenate([np.ones((*powers.shape[:-1], 1)), powers], axis=-1) / errors[..., None]
+    columns = np.concatenate([np.ones((*powers.shape[:-1], 1)), powers], axis=-1) / spreads[..., None]
+    targets = errors / spreads
     products = columns.swapaxes(-1, -2) @ columns
-    sums = columns.sum(axis=-2)
+    sums = (columns * targets[..., None]).sum(axis=-2)
     best = np.zeros(sums.shape)
-    distance = np.full(sums.shape[:-1], float(len(x)))  # of a law of zeros, whose relative errors are all 1
+    of_zeros = (targets**2).sum(axis=-1)
+    distance = np.broadcast_to(of_zeros, sums.shape[:-1])
     for size in range(1, sums.shape[-1] + 1):
         for chosen in itertools.combinations(range(sums.shape[-1]), size):
             chosen = list(chosen)
@@ -189,7 +206,7 @@ def _solve(x: np.ndarray, errors: np.ndarray, exponents: np.ndarray) -> tuple[np
             # Exponents near 0 make a column like that of the floor.
             some = some + 1e-12 * np.eye(size) * np.trace(some, axis1=-2, axis2=-1)[..., None, None]
             found = np.linalg.solve(some, sums[..., chosen][..., None])[..., 0]
-            left = np.maximum(len(x) - (found * sums[..., chosen]).sum(axis=-1), 0)
+            left = np.maximum(of_zeros - (found * sums[..., chosen]).sum(axis=-1), 0)
             is_better = (found >= 0).all(axis=-1) & (left < distance)
             distance = np.where(is_better, left, distance)
             full = np.zeros(sums.shape)
@@ -210,7 +227,7 @@ def _test_order(x: np.ndarray, errors: np.ndarray, generator: np.random.Generato
     orders = np.stack([errors, *(generator.permutation(errors) for _ in range(PERMUTATIONS))])
     rows = max(1, AT_ONCE // (len(places) * x.size))
     parts = (orders[start : start + rows] for start in range(0, len(orders), rows))
-    distances = np.concatenate([_solve(x, part[:, None], places[None])[1].min(axis=1) for part in parts])
+    distances = np.concatenate([_solve(x, part[:, None], part[:, None], places[None])[1].min(axis=1) for part in parts])
     return float(np.mean(distances <= distances[0] * (1 + 1e-9)))
 
 
@@ -222,12 +239,14 @@ class BreakEven:
         verdict: "crossing", "first" or "second" (which is ahead everywhere), "extrapolated" (that one is ahead
             everywhere, but their laws cross beyond) or "unknown".
         place: The crossing; None where there is none.
+        limits: Between which the crossing was looked for: an end of its interval that lies on one is open.
         ahead: Which is ahead above it: "first" or "second"; of one that is ahead everywhere, that one.
         reason: Why nothing is known.
     """
 
     verdict: str
     place: Interval | None = None
+    limits: tuple[float, float] | None = None
     ahead: str | None = None
     reason: str | None = None
 
@@ -254,7 +273,7 @@ def find_break_even(first: Fit, second: Fit, names: tuple[str, str] = ("the firs
             # One that does not cross breaks even below or above.
             edges = np.where(is_ahead, low, high)
             places = [_find_crossing(x, gap) if each else edge for gap, each, edge in zip(gaps, crosses, edges)]
-            return BreakEven("crossing", _to_interval(places), name)
+            return BreakEven("crossing", _to_interval(places), (low, high), name)
     for is_ahead, name, other in (
         ((gaps > 0).all(axis=1), "second", "first"),
         ((gaps < 0).all(axis=1), "first", "second"),
@@ -265,7 +284,7 @@ def find_break_even(first: Fit, second: Fit, names: tuple[str, str] = ("the firs
         further = [_find_crossing(beyond, one(beyond) - two(beyond)) for one, two in pairs]
         if further[0] is not None and np.mean([each is not None for each in further[1:]]) >= COVERAGE:
             places = [beyond[-1] if place is None else place for place in further]
-            return BreakEven("extrapolated", _to_interval(places), other)
+            return BreakEven("extrapolated", _to_interval(places), (high, float(beyond[-1])), other)
         return BreakEven(name, ahead=name)
     return BreakEven("unknown", reason="draws of their laws disagree on who is ahead where")
 

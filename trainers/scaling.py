@@ -82,7 +82,8 @@ BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}, about {remaining} left"
 
 EXAMPLES = f"""\
   # what it would train and how long that would take
-  {PROGRAM} --dataset path/to/images --models vit_small_patch16_224 resnet18_224 --dry_run
+  {PROGRAM} --dataset path/to/images --models vit_small_patch16_224 resnet18_224 \\
+      --learning_rate 1e-3 --warmup_steps 0.1 --dry_run
 
   # three widths of a ViT and a CNN on five shares of CIFAR-10, two seeds each, as far as two hours allow
   {PROGRAM} --recipe cifar10_scaling --max_minutes 120 --output_dir runs/scaling
@@ -163,8 +164,8 @@ def main(argv: list[str] | None = None) -> None:
         grid, folder = command.grid, Path(command.training.output_dir)
         check_writable(folder, "output_dir")
         cells = plan(command, folder)
-        chosen = choose(cells, grid.max_minutes, grid.max_flops, command.num_devices)
-        done = {cell.name for cell in chosen if is_done(folder, cell, command)}
+        done = {cell.name for cell in cells if is_done(folder, cell, command)}
+        chosen = choose(cells, done, grid.max_minutes, grid.max_flops, command.num_devices)
     print(describe_plan(cells, chosen, done, command.num_devices))
     if grid.dry_run:
         return
@@ -173,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     finished = [cell for cell in chosen if is_done(folder, cell, command)]
     if not finished:
         raise SystemExit(f"scaling: error: no run has finished: see {folder / LOGS}")
-    write_study(folder, describe_study(finished, folder, command))
+    write_study(folder, describe_study(finished, len(chosen), folder, command))
     print(f"\nReport of {len(finished)} runs: {folder / REPORT}")
     if failed:
         raise SystemExit(f"scaling: error: not all runs have finished: {', '.join(failed)}: see {folder / LOGS}")
@@ -348,16 +349,25 @@ def time_training(model: PreTrainedModel, size: tuple[int, int], training: Train
     return float(np.median(seconds[1:])) / len(images)
 
 
-def choose(cells: Sequence[Cell], max_minutes: float | None, max_flops: float | None, num_devices: int) -> list[Cell]:
+def choose(
+    cells: Sequence[Cell],
+    done: Collection[str],
+    max_minutes: float | None,
+    max_flops: float | None,
+    num_devices: int,
+) -> list[Cell]:
     """The cells that fit into a budget, in their order; one that does not fit leaves room for cheaper ones.
 
+    Those that are done, by their names, are a part of the budget, but there whatever it is.
+
     Raises:
-        ValueError: if none does.
+        ValueError: if there is none.
     """
     chosen, seconds, flops = [], 0.0, 0.0
     for cell in cells:
         later = (seconds + cell.seconds / num_devices, flops + cell.compute)
-        if later[0] <= 60 * (max_minutes or math.inf) and later[1] <= (max_flops or math.inf):
+        fits = later[0] <= 60 * (max_minutes or math.inf) and later[1] <= (max_flops or math.inf)
+        if fits or cell.name in done:
             chosen.append(cell)
             seconds, flops = later
     if not chosen:
@@ -433,6 +443,7 @@ def is_done(folder: Path, cell: Cell, command: Command) -> bool:
 def run(cells: Sequence[Cell], folder: Path, command: Command) -> list[str]:
     """Trains cells, as many at once as `jobs`; returns the names of those that failed."""
     waiting, running, failed, late, free = list(cells), {}, [], [], list(range(command.grid.jobs))
+    begun = {cell.name for cell in cells if (folder / CELLS / cell.name).exists()}
     (folder / LOGS).mkdir(parents=True, exist_ok=True)
     began, estimated, taken = time.monotonic(), 0.0, 0.0
     total = math.ceil(sum(cell.seconds for cell in cells))
@@ -454,7 +465,8 @@ def run(cells: Sequence[Cell], folder: Path, command: Command) -> list[str]:
                     cell, place, start_time = running.pop(process)
                     free.append(place)
                     bar.update(cell.seconds)
-                    estimated, taken = estimated + cell.seconds, taken + time.monotonic() - start_time
+                    if process.returncode == 0 and cell.name not in begun:
+                        estimated, taken = estimated + cell.seconds, taken + time.monotonic() - start_time
                     if process.returncode:
                         failed.append(cell.name)
                         bar.write(f"{cell.name} failed: {read_end(folder / LOGS / f'{cell.name}.txt', process)}")
@@ -514,10 +526,12 @@ def start(cell: Cell, folder: Path, command: Command, place: int) -> subprocess.
 # ------------------------------------------------------------------------------------------------------------- study
 
 
-def describe_study(finished: Sequence[Cell], folder: Path, command: Command) -> dict:
-    """All that the page says."""
+def describe_study(finished: Sequence[Cell], num_chosen: int, folder: Path, command: Command) -> dict:
+    """All that the page says of the cells that are finished, of so many that the budget allows."""
     runs = [read_run(folder / CELLS / cell.name) for cell in finished]
-    results = [to_result(cell, run) for cell, run in zip(finished, runs)]
+    # Shares that other seeds draw may have an image more: for one place in the laws, the first one's are counted.
+    of_share = {cell.fraction: run for cell, run in reversed(list(zip(finished, runs)))}
+    results = [to_result(cell, run, of_share[cell.fraction]) for cell, run in zip(finished, runs)]
     grid, first = command.grid, runs[0]
     evaluated = first.split_sizes[first.evaluation_split]
     return {
@@ -533,23 +547,24 @@ def describe_study(finished: Sequence[Cell], folder: Path, command: Command) -> 
         "min_steps": grid.min_steps,
         "seconds": sum(result.seconds for result in results),
         "grid": len(grid.models) * len(grid.widths) * len(grid.fractions) * len(grid.seeds),
+        "unfinished": num_chosen - len(finished),
         "results": [asdict(result) for result in results],
         **analyse(results, evaluated),
     }
 
 
-def to_result(cell: Cell, run: TrainingRun) -> Result:
-    """What a finished cell gave."""
+def to_result(cell: Cell, run: TrainingRun, of_share: TrainingRun) -> Result:
+    """What a finished cell gave, with the images and sights of another run of its share."""
     return Result(
         family=cell.size.family,
         width=cell.size.width,
         fraction=cell.fraction,
         seed=cell.seed,
-        images=run.split_sizes[TRAIN],
-        sights=run.sights,
+        images=of_share.split_sizes[TRAIN],
+        sights=of_share.sights,
         parameters=run.num_parameters,
         flops=cell.size.flops,
-        compute=float(STEP_COST * cell.size.flops * run.sights),
+        compute=float(STEP_COST * cell.size.flops * of_share.sights),
         seconds=run.wall_time,
         accuracy=run.results["accuracy"],
         loss=run.results["loss"],

@@ -64,7 +64,7 @@ def analyse(results: Sequence[Result], num_evaluated: int, resamples: int = 1000
         x = np.array([[quantity(cell) for quantity in quantities.values()] for cell in cells])
         errors = np.array([max(1 - cell.accuracy, 0.5 / num_evaluated) for cell in cells])
         # Draws of two laws are independent of each other.
-        return fit_power_law(x, errors, list(quantities), resamples, seed=next(count))
+        return fit_power_law(x, errors, list(quantities), num_evaluated, resamples, seed=next(count))
 
     laws, of_data = [], {}
     families = group(results, lambda cell: cell.family)
@@ -107,10 +107,10 @@ def analyse(results: Sequence[Result], num_evaluated: int, resamples: int = 1000
 
 def find_frontier(cells: Sequence[Result]) -> list[Result]:
     """The cells, with all of their seeds, whose mean error nothing of less compute reaches."""
-    best, kept = np.inf, []
     groups = group(cells, lambda cell: (cell.width, cell.fraction)).values()
-    for same in sorted(groups, key=lambda same: same[0].compute):
-        error = np.mean([1 - cell.accuracy for cell in same])
+    places = [(same[0].compute, np.mean([1 - cell.accuracy for cell in same]), same) for same in groups]
+    best, kept = np.inf, []
+    for _, error, same in sorted(places, key=lambda place: place[:2]):
         if error < best:
             best, kept = error, [*kept, *same]
     return kept

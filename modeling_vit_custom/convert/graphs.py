@@ -116,7 +116,7 @@ def to_onnx(model: ViTCustomPreTrainedModel) -> "ONNXProgram":
         import onnx  # noqa: F401
         from onnxscript import opset18
     except ImportError as error:
-        raise ValueError("ONNX needs two more libraries: pip install 'vit-custom[onnx]'") from error
+        raise ValueError("ONNX needs more libraries: pip install onnx onnxruntime onnxscript") from error
 
     def roll(image, shifts, dims):
         """`torch.roll` by shifts that are known at run time only, which torch's own translation does not take."""

@@ -83,7 +83,7 @@ def to_int8(model: ViTCustomForImageClassification, batches: Iterable[Tensor]) -
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
         from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
     except ImportError as error:
-        raise ValueError("int8 needs another library: pip install 'vit-custom[int8]'") from error
+        raise ValueError("int8 needs another library: pip install torchao") from error
     if torch.__version__ < OLDEST_TORCH:
         raise ValueError(
             f"int8 needs torch {OLDEST_TORCH} or newer, this is {torch.__version__}, which does not fuse it"

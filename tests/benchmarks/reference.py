@@ -173,15 +173,22 @@ def make(experiment: Experiment, name: str, seed: int, arguments: argparse.Names
     if script == RESET:
         reset_positions(Path(option(options, "--model")), int(option(options, "--image_size")), seed, folders[name])
     else:
-        run(script, [*options, "--dataset", arguments.dataset, "--seed", str(seed)], folders[name])
+        # A seed decides on the images as well, where a share of them is taken.
+        drawn = ["--seed", str(seed), "--split_seed", str(seed)]
+        run(script, [*options, "--dataset", arguments.dataset, *drawn], folders[name])
     return folders[name]
 
 
 def train_grid(arguments: argparse.Namespace) -> None:
-    if not (RESULTS / SCALING).exists():
-        folder = arguments.folder / SCALING
+    if (RESULTS / SCALING).exists():
+        return
+    folder, left = arguments.folder / SCALING, None
+    while left != 0:
         run("scaling", ["--recipe", "cifar10_scaling", "--dataset", arguments.dataset], folder)
-        keep(folder, RESULTS / SCALING, FILES)
+        before, left = left, json.loads((folder / FACTS).read_text(encoding="utf-8"))["unfinished"]
+        if left == before:
+            raise SystemExit(f"{left} runs of the grid do not fit into its time: see {folder}")
+    keep(folder, RESULTS / SCALING, FILES)
 
 
 def run(script: str, options: Sequence[str], folder: Path) -> None:
@@ -255,7 +262,8 @@ def render_summary(found: Mapping[Experiment, Facts], grid: Mapping | None) -> s
         rows.append((link, f"{MEASURES[experiment.measure]}: {', '.join(figures)}", count(experiment.seeds)))
     if grid is not None:
         seeds = {result["seed"] for result in grid["results"]}
-        link = f"[{grid['grid']} models, shares of the images and seeds](model_cards/results/{SCALING}/{REPORT})"
+        title = f"{len(grid['results'])} runs of a grid of models, widths, shares of the images and seeds"
+        link = f"[{title}](model_cards/results/{SCALING}/{REPORT})"
         rows.append((link, " ".join(list_verdicts(grid)), count(seeds)))
     return tabulate(("", "mean ± standard deviation", "seeds"), rows)
 
@@ -264,8 +272,9 @@ def render_page(found: Mapping[Experiment, Facts], grid: Mapping | None) -> str:
     parts = [
         "# Results on CIFAR-10",
         "Of short runs: they compare, and set no records. All are judged on the 10,000 test images, once, at the end. "
-        "Means and standard deviations are over seeds, and differences are taken seed by seed. Images and time include "
-        "those of the runs that one starts from or learns from.",
+        "Means and standard deviations are over seeds, which also draw the images where only a share of them is "
+        "taken; differences are taken seed by seed. Images and time include those of the runs that one starts from or "
+        "learns from.",
         "Written by `python tests/benchmarks/reference.py --report` from the facts of the runs, each a `run.json` "
         "beside this page. Without `--report` it trains what is missing.",
     ]
@@ -305,7 +314,7 @@ def command(experiment: Experiment, run: str) -> str:
     if script == RESET:
         return f"# new random positions in {option(options, '--model')}, at another size: reference.py does that itself"
     own = ["--dataset", DATASET, "--output_dir", f"runs/{slug(run)}"]
-    return break_lines(f"python -m trainers.{script} {shlex.join([*options, *own])} --seed N")
+    return break_lines(f"python -m trainers.{script} {shlex.join([*options, *own])} --seed N --split_seed N")
 
 
 def tabulate_runs(experiment: Experiment, runs: Facts) -> str:

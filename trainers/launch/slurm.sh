@@ -2,7 +2,7 @@
 # Several machines under Slurm, one process for each GPU; before its time is over a run saves, and is queued again. Not
 # with --overwrite true, which would start again each time.
 #
-# Command:  sbatch trainers/launch/slurm.sh -m trainers.finetune --recipe deit --dataset ... --output_dir ...
+# Command:  PATH=$PWD/.venv/bin:$PATH sbatch trainers/launch/slurm.sh -m trainers.finetune --recipe deit --dataset ... --output_dir ...
 # Without Slurm, the line of torchrun on every machine, with the first one's name as the rendezvous.
 #SBATCH --job-name=vit-custom
 #SBATCH --nodes=2
