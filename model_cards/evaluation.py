@@ -13,8 +13,8 @@ from model_cards.figures import (
     plot_confusion_matrix,
     plot_robustness,
 )
-from model_cards.pages import show, tabulate, to_json, write_page
-from model_cards.rendering import METRIC_TITLES, break_lines, escape_markdown, fence
+from model_cards.pages import describe_settings, show, tabulate, to_json, write_page
+from model_cards.rendering import METRIC_TITLES, escape_markdown
 
 
 FACTS, REPORT = "evaluation.json", "report.md"
@@ -210,7 +210,7 @@ def _list_class(row: Mapping) -> tuple[str, ...]:
 
 def _describe_settings(facts: Mapping) -> list[str]:
     minutes, seconds = divmod(round(facts["seconds"]), 60)
-    known = {
+    settings = {
         "Hardware": facts["hardware"],
         "Precision": facts["precision"],
         "Time": f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s",
@@ -218,8 +218,7 @@ def _describe_settings(facts: Mapping) -> list[str]:
         "Code": None if facts["commit"] is None else f"vit-custom, commit {facts['commit']}",
         **facts["versions"],
     }
-    rows = [(name, escape_markdown(fact)) for name, fact in known.items() if fact is not None]
-    return [fence(break_lines(facts["command"]), "bash"), tabulate(("", ""), rows)]
+    return describe_settings(facts["command"], settings)
 
 
 def _order(results: Mapping) -> list[str]:

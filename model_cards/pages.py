@@ -9,7 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from model_cards.rendering import FIGURE_DPI
+from model_cards.rendering import FIGURE_DPI, break_lines, escape_markdown, fence
 
 
 def write_page(folder: Path, texts: Mapping[str, str], figures: Mapping[str, Figure], names: Sequence[str]) -> None:
@@ -37,6 +37,12 @@ def write_page(folder: Path, texts: Mapping[str, str], figures: Mapping[str, Fig
 def tabulate(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def describe_settings(command: str, settings: Mapping[str, str | None]) -> list[str]:
+    """A command and what is known of where it ran."""
+    rows = [(name, escape_markdown(fact)) for name, fact in settings.items() if fact is not None]
+    return [fence(break_lines(command), "bash"), tabulate(("", ""), rows)]
 
 
 def show(name: str, title: str) -> str:

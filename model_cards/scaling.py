@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from model_cards.figures import plot_scaling
-from model_cards.pages import show, tabulate, to_json, write_page
-from model_cards.rendering import break_lines, escape_markdown, fence, format_duration
+from model_cards.pages import describe_settings, show, tabulate, to_json, write_page
+from model_cards.rendering import escape_markdown, format_duration
 
 
 FACTS, REPORT, CURVES = "scaling.json", "report.md", "scaling.png"
@@ -42,7 +42,9 @@ def render_study(facts: Mapping) -> str:
         "## What these runs can and cannot support",
         _describe_limits(facts),
         "## How it was measured",
-        *_describe_settings(facts),
+        *describe_settings(
+            facts["command"], {"Date": facts["date"], "Runs at the same time": str(facts["jobs"]), **facts["origin"]}
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -170,16 +172,21 @@ def list_verdicts(facts: Mapping) -> list[str]:
 def _has_longer_runs(facts: Mapping) -> bool:
     """Whether a size was trained longer on some shares of the images than on others."""
     sizes = group(facts["results"], lambda cell: (cell["family"], cell["width"])).values()
-    return any(len({cell["sights"] for cell in cells if cell["seed"] == cells[0]["seed"]}) > 1 for cells in sizes)
+    return any(len({cell["sights"] for cell in cells}) > 1 for cells in sizes)
 
 
 def _format_place(pair: Mapping) -> str:
-    """Of a crossing; ends at the limits of where it was looked for are open."""
-    place, (least, most) = pair["place"], pair["limits"]
-    value, low, high = (f"{float(f'{place[name]:.2g}'):,.0f}" for name in ("value", "low", "high"))
-    low = f"below {low}" if place["low"] <= 1.01 * least else low
-    high = f"above {high}" if place["high"] >= 0.99 * most else high
+    """Of a crossing."""
+    value, low, high = _open_ends(pair["place"], pair["limits"], lambda images: f"{float(f'{images:.2g}'):,.0f}")
     return f"{value} ({low} to {high})"
+
+
+def _open_ends(interval: Mapping, limits: Sequence[float], show: Callable[[float], str]) -> tuple[str, str, str]:
+    """Value, low and high end; an end at the limits of what was looked among is open."""
+    value, low, high = (show(interval[name]) for name in ("value", "low", "high"))
+    low = f"below {low}" if interval["low"] <= 1.01 * limits[0] else low
+    high = f"above {high}" if interval["high"] >= 0.99 * limits[1] else high
+    return value, low, high
 
 
 def _tabulate_laws(facts: Mapping) -> str:
@@ -190,8 +197,7 @@ def _tabulate_laws(facts: Mapping) -> str:
         if law["problem"] is not None:
             rows.append((*row, "-", "-", f"cannot tell: {law['problem']}"))
             continue
-        limits = facts["exponent_limits"]
-        exponents = " and ".join(_format_exponent(each, *limits) for each in law["exponents"])
+        exponents = " and ".join(_format_exponent(each, facts["exponent_limits"]) for each in law["exponents"])
         floor = _format_interval(law["floor"], "{:.1%}")
         rows.append((*row, exponents, floor, "no floor to be seen" if law["floor"]["low"] < 1e-3 else "levels off"))
     titles = ("Model", "By", "Runs", "Exponent", "Floor", "")
@@ -203,11 +209,8 @@ def _tabulate_laws(facts: Mapping) -> str:
     )
 
 
-def _format_exponent(interval: Mapping, least: float, most: float) -> str:
-    """Ends at the limits of what is looked among are open."""
-    value, low, high = (f"{interval[name]:.2f}" for name in ("value", "low", "high"))
-    low = f"below {low}" if interval["low"] < 1.01 * least else low
-    high = f"above {high}" if interval["high"] > 0.99 * most else high
+def _format_exponent(interval: Mapping, limits: Sequence[float]) -> str:
+    value, low, high = _open_ends(interval, limits, "{:.2f}".format)
     return f"{value} [{low}, {high}]"
 
 
@@ -244,12 +247,6 @@ def _describe_limits(facts: Mapping) -> str:
             is_or_are = "is" if number == 1 else "are"
             lines.append(f"Of the grid's {facts['grid']} runs {number:,} {is_or_are} missing: {reason}.")
     return "\n".join(f"- {line}" for line in lines)
-
-
-def _describe_settings(facts: Mapping) -> list[str]:
-    known = {"Date": facts["date"], "Runs at the same time": str(facts["jobs"]), **facts["origin"]}
-    rows = [(name, escape_markdown(fact)) for name, fact in known.items()]
-    return [fence(break_lines(facts["command"]), "bash"), tabulate(("", ""), rows)]
 
 
 def _count(number: int, noun: str) -> str:

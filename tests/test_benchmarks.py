@@ -37,6 +37,8 @@ from model_cards.metadata import find_card_errors
 from model_cards.rendering import CARD
 from modeling_vit_custom import ViTCustomForImageClassification, preset_config
 from modeling_vit_custom.convert.graphs import OLDEST_TORCH
+from trainers.arguments import read_recipe
+from trainers.hub import RECIPE, render_recipe
 
 
 FOLDER = Path(__file__).parent / "benchmarks"
@@ -444,6 +446,7 @@ def test_references_are_trained_once_and_tabulated(ten_colours: Path, references
     assert facts == [f"pair/{name}/seed_{seed}/run.json" for name in ("as_it_was", "base", "new") for seed in (0, 1)]
     card = reference.RESULTS / "pair" / "new" / "seed_0" / CARD
     assert not find_card_errors(card.read_text(), card.parent)
+    assert read_recipe(card.parent / RECIPE)["dataset"] == ten_colours.name
     folders = {name: references / "runs" / "pair" / name for name in ("base_0", "reset_0", "reset_1")}
     base, old, other = (AutoModelForImageClassification.from_pretrained(each).state_dict() for each in folders.values())
     (positions,) = {name for name in base if base[name].shape != old[name].shape}
@@ -483,3 +486,10 @@ def test_references_measure_the_rare_classes():
 def test_tables_say_what_the_runs_left():
     for file, text in reference.render(reference.read_experiments().values()).items():
         assert file.read_text(encoding="utf-8") == text
+
+
+def test_recipes_of_results_name_no_folders():
+    recipes = list(reference.RESULTS.rglob(RECIPE))
+    assert recipes
+    for file in recipes:
+        assert render_recipe(file) == file.read_text(encoding="utf-8")

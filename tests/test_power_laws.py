@@ -57,13 +57,15 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(runs, noise, shared
     assert held >= 68
 
 
-def test_runs_without_an_error_do_not_bend_a_law():
+@pytest.mark.parametrize("of_last", [1, 2])
+def test_runs_without_an_error_do_not_bend_a_law(of_last):
     known, places, ratios = PowerLaw(0.0, (0.006 * 1437**0.8,), (0.8,)), np.array([72, 144, 359, 718, 1437.0]), []
-    x = np.repeat(places, 2)
+    x = np.repeat(places, [1, 1, 1, 1, of_last])
     for seed in range(40):
         mistakes = np.random.default_rng(seed).binomial(360, known(x))  # two at the last place
         fit = fit_power_law(x, np.maximum(mistakes, 0.5) / 360, num_evaluated=360, resamples=2)
         ratios.append(fit.law(places[-1:])[0] / known(places[-1:])[0])
+    # Weighed by what was measured instead of what is expected, they are 0.64 and 0.73.
     assert 0.8 < np.median(ratios) < 1.25
 
 

@@ -139,11 +139,7 @@ def upload(folder: Path, destination: Destination, message: str) -> CommitInfo:
         raise RefusedError(f"the card, with what stands in that on the Hub, would not be valid: {'; '.join(errors)}")
     contents[CARD] = card.encode()
     if RECIPE in files:
-        recipe = {
-            name: hide_folder(value) if isinstance(value, str) else value
-            for name, value in read_recipe(files[RECIPE]).items()
-        }
-        contents[RECIPE] = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode()
+        contents[RECIPE] = render_recipe(files[RECIPE]).encode()
     operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
     # Weights of another number of shards would be taken for a part of these, and older figures for the new model's.
     generated = (*WEIGHTS, *FIGURES, *examples_of(remote))
@@ -159,6 +155,14 @@ def upload(folder: Path, destination: Destination, message: str) -> CommitInfo:
             create_pr=destination.create_pr,
             parent_commit=state.sha,  # or what somebody wrote into the card meanwhile would be lost
         )
+
+
+def render_recipe(file: Path) -> str:
+    """A recipe as others may see it: without the folders that lead to local files."""
+    recipe = {
+        name: hide_folder(value) if isinstance(value, str) else value for name, value in read_recipe(file).items()
+    }
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
 
 
 def show_files(files: Mapping[str, Path], destination: str) -> None:

@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     keep_timings(cells, folder, command)
     failed = run([cell for cell in chosen if cell.name not in done], folder, command)
-    finished = [cell for cell in chosen if is_done(folder, cell, command)]
+    finished = [cell for cell in chosen if cell.name in done or is_done(folder, cell, command)]
     if not finished:
         raise SystemExit(f"scaling: error: no run has finished: see {folder / LOGS}")
     write_study(folder, describe_study(finished, len(chosen), folder, command))

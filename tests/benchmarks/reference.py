@@ -34,6 +34,7 @@ from model_cards.rendering import CARD, break_lines, escape_markdown, fence, fin
 from model_cards.scaling import FACTS, FILES, REPORT, list_verdicts
 from modeling_vit_custom.command_line import report_user_errors
 from trainers.arguments import ModelArguments
+from trainers.hub import RECIPE, render_recipe
 from trainers.models import make_model
 
 
@@ -46,7 +47,7 @@ RESET = "reset_positions"
 RARE_CLASSES = 3
 MEASURES = {"accuracy": "accuracy", "rare_recall": f"recall of the {RARE_CLASSES} rarest classes"}
 # A card, and what it shows or speaks of.
-CARD_FILES = (CARD, "*.png", "examples/*", "recipe.yaml")
+CARD_FILES = (CARD, "*.png", "examples/*", RECIPE)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -223,7 +224,10 @@ def keep(source: Path, folder: Path, patterns: Sequence[str]) -> None:
         for file in (file for pattern in patterns for file in source.glob(pattern)):
             copy = copies / file.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, copy)
+            if file.name == RECIPE:
+                copy.write_text(render_recipe(file), encoding="utf-8")
+            else:
+                shutil.copy(file, copy)
         os.rename(copies, folder)
 
 
