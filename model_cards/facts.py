@@ -41,15 +41,18 @@ class TrainingRun:
 
     base_model: str | None = None  # what was fine-tuned: a Hub id
     base_folder: str | None = None  # or the name of a local checkpoint
+    teacher: str | None = None  # whose predictions it was trained towards: a Hub id
+    teacher_folder: str | None = None  # or the name of a local checkpoint
     from_scratch: bool = False  # False and no base: the card does not say where the weights started
 
     dataset: str | None = None  # a Hub id
-    dataset_title: str | None = None  # what to call one that is built in
+    dataset_title: str | None = None  # what to call one that is not there
     dataset_folder: str | None = None  # the name of a local one
     split_sizes: Mapping[str, int] | None = None
     train_fraction: float | None = None  # share of the training images that was seen, if not all
     train_imbalance: float | None = None  # how many times less of the last class than of the first, if not the same
     train_counts: Sequence[int] = ()  # of each class, training images that were seen
+    rebalancing: Mapping[str, float] | None = None  # how rare classes were helped: by keys of `rendering.REBALANCING`
 
     evaluation_split: str | None = None  # the split of all that follows
     evaluation_origin: str | None = None  # its name in the data set, if another: train, of which it was held out
@@ -80,7 +83,7 @@ class TrainingRun:
     def __post_init__(self):
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"the name of a run must be text, got {self.name!r}")
-        for field in ("results", "split_sizes", "examples", "versions", "map_scores"):
+        for field in ("results", "split_sizes", "examples", "versions", "map_scores", "rebalancing"):
             if not isinstance(getattr(self, field), Mapping | None):
                 raise ValueError(f"{field} must be a mapping, got {getattr(self, field)!r}")
         for field in ("architecture", "objective"):

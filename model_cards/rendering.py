@@ -68,6 +68,12 @@ FACTS = (
     "model-index",
     "pipeline_tag",
 )
+# What may be done about rare classes in training, with its strength.
+REBALANCING = {
+    "logit_adjustment": "[logit adjustment](https://arxiv.org/abs/2007.07314) of strength {:g}",
+    "class_weight_beta": "[weights of classes by their effective number](https://arxiv.org/abs/1901.05555), beta {:g}",
+    "class_balanced_sampling": "drawing every class equally often",
+}
 BEGIN = re.compile(r"<!-- begin (\w+):[^>]*-->")
 
 
@@ -274,15 +280,21 @@ def _describe_model(run: TrainingRun) -> str:
         facts.append("1 class" if len(run.label_names) == 1 else f"{len(run.label_names):,} classes")
     if run.from_scratch:
         facts.append("trained from scratch")
-    elif run.base_model is not None:
-        facts.append(f"fine-tuned from [{escape_markdown(run.base_model)}](https://huggingface.co/{run.base_model})")
-    elif run.base_folder is not None:
-        facts.append(f"fine-tuned from the local checkpoint {escape_markdown(run.base_folder)}")
+    elif base := _name_model(run.base_model, run.base_folder):
+        facts.append(f"fine-tuned from {base}")
+    if teacher := _name_model(run.teacher, run.teacher_folder):
+        facts.append(f"taught by {teacher}")
     if run.ema_decay is not None:
         facts.append(f"with weights averaged over training (decay {run.ema_decay:g})")
     kind = "Vision Transformer" if run.model_type == "vit_custom" else "model"
     purpose = "that classifies images" if run.task == CLASSIFICATION else "pretrained by reconstructing masked images"
     return f"A {kind} (`{run.model_type}`) {purpose}" + "".join(f", {fact}" for fact in facts) + "."
+
+
+def _name_model(on_hub: str | None, folder: str | None) -> str | None:
+    if on_hub is not None:
+        return f"[{escape_markdown(on_hub)}](https://huggingface.co/{on_hub})"
+    return None if folder is None else f"the local checkpoint {escape_markdown(folder)}"
 
 
 def _describe_progress(run: TrainingRun) -> str | None:
@@ -333,6 +345,9 @@ def _describe_selection(run: TrainingRun) -> str | None:
         pairs = list(zip(run.train_counts, map(escape_markdown, run.label_names)))
         few, many = (f"{count:,} ({name})" for count, name in (min(pairs), max(pairs)))
         sentences.append(f"It saw {few} to {many} images of a class.")
+    if run.rebalancing:
+        ways = " and ".join(REBALANCING[name].format(value) for name, value in run.rebalancing.items())
+        sentences.append(f"Rare classes were helped by {ways}.")
     return " ".join(sentences) or None
 
 

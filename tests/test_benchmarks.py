@@ -405,7 +405,7 @@ REFERENCE = """
 pair:
   title: Positions, old and new
   text: On ten colours.
-  measure: rare_recall
+  measures: [rare_recall, accuracy]
   seeds: [0, 1]
   options: --validation_fraction 0 --max_steps 2 --per_device_train_batch_size 32 --save_strategy no --card_images 0
   runs:
@@ -418,7 +418,7 @@ pair:
 later:
   title: Not run yet
   text: Nothing.
-  measure: accuracy
+  measures: [accuracy]
   seeds: [0]
   options: --max_steps 1
   runs: {alone: finetune --model vit_nano_patch4_32}
@@ -441,12 +441,16 @@ def references(tmp_path, monkeypatch) -> Path:
 @pytest.mark.slow
 def test_references_are_trained_once_and_tabulated(ten_colours: Path, references: Path):
     argv = ["--experiments", "pair", "--dataset", str(ten_colours), "--folder", str(references / "runs")]
+    argv += ["--dataset_title", "Colours"]
     reference.main(argv)
     facts = sorted(path.relative_to(reference.RESULTS).as_posix() for path in reference.RESULTS.rglob(RUN))
     assert facts == [f"pair/{name}/seed_{seed}/run.json" for name in ("as_it_was", "base", "new") for seed in (0, 1)]
     card = reference.RESULTS / "pair" / "new" / "seed_0" / CARD
     assert not find_card_errors(card.read_text(), card.parent)
     assert read_recipe(card.parent / RECIPE)["dataset"] == ten_colours.name
+    assert card.read_text().count("[Positions, old and new](../../../README.md#pair)") == 1
+    assert "of the local folder" not in card.read_text() and "of Colours" in card.read_text()
+    assert 'reset_positions("runs/base_N", 48, N, "runs/reset_N")' in (reference.RESULTS / "README.md").read_text()
     folders = {name: references / "runs" / "pair" / name for name in ("base_0", "reset_0", "reset_1")}
     base, old, other = (AutoModelForImageClassification.from_pretrained(each).state_dict() for each in folders.values())
     (positions,) = {name for name in base if base[name].shape != old[name].shape}
@@ -476,11 +480,12 @@ def test_references_measure_the_rare_classes():
         labels = [str(index) for index in range(len(recalls))]
         return TrainingRun(name="a", confusion_matrix=matrix, label_names=labels, results={"accuracy": 0.5})
 
-    runs, experiment = [run([1.0, 0.9, 0.1, 0.2, 0.3]), run([1.0] * 5)], reference.read_experiments()["imbalance"]
-    assert reference.measure(experiment, runs) == pytest.approx([0.2, 1.0])
-    assert reference.measure(experiment, runs, "accuracy") == pytest.approx([0.5, 0.5])
+    runs = [run([1.0, 0.9, 0.5, 0.1, 0.2, 0.3]), run([1.0] * 6)]
+    assert reference.measure(runs, "rare_recall") == pytest.approx([0.2, 1.0])
+    assert reference.measure(runs, "frequent_recall") == pytest.approx([0.8, 1.0])
+    assert reference.measure(runs, "accuracy") == pytest.approx([0.5, 0.5])
     assert reference.format_percent(np.array([0.25, 0.75])) == "50.0 ± 35.4 %"
-    assert reference.format_percent(np.array([-0.5]), sign="+") == "-50.0 %"
+    assert reference.format_points(np.array([-0.5])) == "-50.0 points"
 
 
 def test_tables_say_what_the_runs_left():

@@ -135,13 +135,22 @@ def test_the_card_tells_what_was_measured(checkpoint):
 
 
 def test_the_card_tells_what_was_left_out(tmp_path):
-    share = ["--train_fraction", "0.5", "--train_imbalance", "4"]
+    share = ["--train_fraction", "0.5", "--train_imbalance", "4", "--logit_adjustment", "1"]
     finetune(["--recipe", "quickstart", "--output_dir", str(tmp_path), *SHORT, *share])
     run = read_run(tmp_path)
     splits = load_splits(DataArguments(dataset="digits", train_fraction=0.5, train_imbalance=4.0))
     assert run.train_counts == np.bincount(splits["train"]["label"]).tolist()
     assert run.split_sizes["train"] == sum(run.train_counts)
+    assert run.rebalancing == {"logit_adjustment": 1.0}
     assert "saw a share of 0.5 of the first class" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_card_tells_who_taught_and_what_the_images_are_called(checkpoint, tmp_path):
+    taught = ["--teacher", str(checkpoint), "--dataset_title", "Digits of 1998"]
+    finetune(["--recipe", "quickstart", "--output_dir", str(tmp_path / "out"), *SHORT, *taught])
+    run, text = read_run(tmp_path / "out"), (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert (run.teacher, run.teacher_folder, run.dataset_title) == (None, checkpoint.name, "Digits of 1998")
+    assert "taught by the local checkpoint" in text and "of Digits of 1998" in text
 
 
 def test_the_pipeline_scores_what_the_run_scored(checkpoint):

@@ -87,9 +87,9 @@ def test_maps_are_colours_over_grey():
 
 def test_each_image_is_beside_its_maps():
     images, titles = [GREY, GREY // 2, GREY // 4], ["a", "$b", "c"]
-    maps = {"one": list(torch.rand(3, 4, 4)), "other": list(torch.rand(3, 4, 4))}
+    maps = {"one": list(torch.rand(3, 4, 4)), "the other": list(torch.rand(3, 4, 4))}
     panels = plot_maps(images, titles, maps, width=6).axes
-    assert [axes.get_title(loc="left") for axes in panels[:6]] == ["a", "one", "other", "$b", "one", "other"]
+    assert [axes.get_title(loc="left") for axes in panels[:6]] == ["a", "one", "the\nother", "$b", "one", "the\nother"]
     assert panels[6].get_title(loc="left") == "c"
     for index, image in enumerate(images):
         own = panels[3 * index : 3 * index + 3]

@@ -410,13 +410,29 @@ def test_nasty_class_names_survive(tmp_path):
             r"2 times less. It saw 10 (c) to 20 (a\|b) images of a class.",
         ),
         ({"label_names": ["a", "b"], "train_counts": [7, 7]}, None),
+        (
+            {"rebalancing": {"logit_adjustment": 0.5, "class_balanced_sampling": True}},
+            "Rare classes were helped by [logit adjustment](https://arxiv.org/abs/2007.07314) of strength 0.5 and "
+            "drawing every class equally often.",
+        ),
     ],
-    ids=["share", "imbalance", "both", "balanced"],
+    ids=["share", "imbalance", "both", "balanced", "rebalanced"],
 )
 def test_what_was_seen_of_the_training_images_is_told(facts, sentence):
     text = render_card(TrainingRun(name="out", dataset_folder="cats", **facts)).text
     data = text.partition("## Data")[2].partition("<!-- end data -->")[0].strip().splitlines()
     assert data == ["The images are those of the local folder cats.", *(["", sentence] if sentence else [])]
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"teacher": "someone/cats"}, "[someone/cats](https://huggingface.co/someone/cats)"),
+        ({"teacher_folder": "cats_0"}, r"the local checkpoint cats\_0"),
+    ],
+)
+def test_the_teacher_is_told(facts, words):
+    assert f", taught by {words}." in render_card(TrainingRun(name="out", **facts)).text
 
 
 def test_a_model_of_the_library_needs_no_trust():

@@ -110,7 +110,8 @@ def test_durations_are_short(seconds, text):
 
 @pytest.mark.parametrize("bar", [True, False])
 def test_a_run_says_how_it_gets_on(tmp_path, capsys, bar):
-    finetune([*SHORT.split(), "--output_dir", str(tmp_path), "--disable_tqdm", str(not bar)])
+    batch = ["--per_device_train_batch_size", "32"]
+    finetune([*SHORT.split(), *batch, "--output_dir", str(tmp_path), "--disable_tqdm", str(not bar)])
     printed = capsys.readouterr()
     lines = [line for line in (printed.out + printed.err).replace("\r", "\n").splitlines() if "| loss " in line]
     assert [line.split(" |")[0].split("step ")[1] for line in lines] == ["2/6", "4/6", "6/6"]
@@ -119,6 +120,8 @@ def test_a_run_says_how_it_gets_on(tmp_path, capsys, bar):
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     logged = [entry for entry in state["log_history"] if "loss" in entry]
     assert all(math.isfinite(entry[name]) for entry in logged for name in ("images_per_second", "data_wait", "mfu"))
+    model = ViTCustomForImageClassification.from_pretrained(tmp_path)
+    assert state["total_flos"] == pytest.approx(6 * 3 * 32 * count_flops(model, (8, 8), 32))
     assert (tmp_path / "recipe.yaml").exists()
     assert (tmp_path / "training_curves.png").stat().st_size > 10_000
 

@@ -131,6 +131,9 @@ class DataArguments:
         }
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_title: str | None = field(
+        default=None, metadata={"help": "What cards call images that are not on the Hub. Default: their folder's name."}
+    )
     image_column: str | None = field(default=None, metadata={"help": "Column of images. Default: the only one."})
     label_column: str | None = field(default=None, metadata={"help": "Column of labels. Default: the only one."})
     class_names: str | None = field(

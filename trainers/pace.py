@@ -57,6 +57,7 @@ class Pace:
         self.flops_of_image: dict[tuple, int] = {}
         self.started = self.line_began = time.perf_counter()
         self.images, self.flops, self.waited, self.paused, self.first_step = 0, 0, 0.0, 0.0, None
+        self.flops_of_last = 0  # what was counted last
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -83,7 +84,8 @@ class Pace:
             if key not in self.flops_of_image:
                 with self.pausing():
                     self.flops_of_image[key] = count_flops(self.model, tuple(pixels.shape[2:]), len(pixels))
-            self.flops += STEP_COST * len(pixels) * self.flops_of_image[key]
+            self.flops_of_last = STEP_COST * len(pixels) * self.flops_of_image[key]
+            self.flops += self.flops_of_last
 
     def report(self, step: int, max_steps: int) -> dict[str, float]:
         """Figures since the last report, for the log after a step."""

@@ -14,6 +14,7 @@ from transformers.trainer_callback import ExportableState
 from model_cards.citations import PAPERS
 from model_cards.environment import EnergyMeter, code_commit, describe_hardware, library_versions, peak_memory
 from model_cards.metadata import is_repo_id
+from model_cards.rendering import REBALANCING
 from modeling_vit_custom import ViTCustomConfig
 from trainers.arguments import ModelArguments, TrainingCommand
 from trainers.data import BUILT_IN_TITLES, TRAIN, Splits
@@ -76,10 +77,12 @@ def gather_facts(command: TrainingCommand, trainer: ViTTrainer) -> dict:
         "preset": model if from_scratch else None,
         "preset_changes": describe_changes(command.model) if from_scratch else [],
         "ema_decay": args.ema_decay or None,
+        **name_origin("teacher", "teacher_folder", command.loss.teacher),
+        "rebalancing": {name: value for name in REBALANCING if (value := getattr(command.loss, name))},
         "from_scratch": from_scratch,
         **name_origin("base_model", "base_folder", None if from_scratch else model),
         **name_origin("dataset", "dataset_folder", None if is_built_in else data),
-        "dataset_title": BUILT_IN_TITLES.get(data),
+        "dataset_title": command.data.dataset_title or BUILT_IN_TITLES.get(data),
         "train_fraction": command.data.train_fraction if command.data.train_fraction < 1 else None,
         "train_imbalance": command.data.train_imbalance if command.data.train_imbalance > 1 else None,
         "log_history": state.log_history,

@@ -214,6 +214,13 @@ class ViTTrainer(Trainer):
         teacher_logits = None if self.teacher is None else self.teacher(pixels)
         return {"pixel_values": pixels, "labels": Targets(probabilities, teacher_logits)}
 
+    def floating_point_ops(self, inputs: dict) -> float:
+        """Of the step that was just made, forward and backward; 0 where they cannot be counted.
+
+        transformers guesses them from the number of parameters and of pixel values.
+        """
+        return self.pace.flops_of_last
+
     def _run_epoch(self, **kwargs) -> None:
         # Where a run goes on from the checkpoint of its last step, the Trainer would take another step.
         if self.state.global_step < self.state.max_steps:

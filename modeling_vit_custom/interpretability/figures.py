@@ -117,7 +117,8 @@ def plot_maps(
         for axes, (name, of_images) in zip(own[1:], maps.items()):
             axes.imshow(overlay(image, of_images[index]), interpolation="nearest")
             if index < columns:
-                axes.set_title(name, fontsize=FONT_SIZE, loc="left", color="0.35")
+                # A line for each word: on one they run into the next image's title.
+                axes.set_title(name.replace(" ", "\n"), fontsize=FONT_SIZE, loc="left", color="0.35")
     return figure
 
 

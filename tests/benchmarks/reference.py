@@ -44,8 +44,12 @@ README, PART = ROOT / "README.md", "results"
 DATASET = "uoft-cs/cifar10"
 SCALING = "scaling"
 RESET = "reset_positions"
-RARE_CLASSES = 3
-MEASURES = {"accuracy": "accuracy", "rare_recall": f"recall of the {RARE_CLASSES} rarest classes"}
+NUM_CLASSES = 3  # of the rarest and of the most frequent ones
+MEASURES = {
+    "accuracy": "accuracy",
+    "rare_recall": f"recall of the {NUM_CLASSES} rarest classes",
+    "frequent_recall": f"recall of the {NUM_CLASSES} most frequent classes",
+}
 # A card, and what it shows or speaks of.
 CARD_FILES = (CARD, "*.png", "examples/*", RECIPE)
 
@@ -58,7 +62,7 @@ class Experiment:
         name: Of its folder.
         title: What is compared, in a line.
         text: How, in a few sentences.
-        measure: Key of `MEASURES`.
+        measures: Keys of `MEASURES`; differences are of the first.
         seeds: Of each run.
         options: Words of the command line that all runs have.
         runs: Commands by the runs' names: the script and words of their own, where {NAME} is another run's folder.
@@ -69,7 +73,7 @@ class Experiment:
     name: str
     title: str
     text: str
-    measure: str
+    measures: Sequence[str]
     seeds: Sequence[int]
     options: str
     runs: Mapping[str, str]
@@ -134,6 +138,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--experiments", nargs="+", choices=names, default=names, metavar="EXPERIMENT",
         help=f"of {', '.join(names)} (default: all)")  # fmt: skip
     add("--dataset", default=DATASET, help=f"CIFAR-10's train and test on the Hub or in a folder (default: {DATASET})")
+    add("--dataset_title", help="what to call it in a folder")
     add("--folder", type=Path, default=Path("runs/reference"), help="where the models go (default: runs/reference)")
     add("--report", action="store_true", help="train nothing: write the tables alone")
     return parser.parse_args(argv)
@@ -157,9 +162,11 @@ def train(experiment: Experiment, arguments: argparse.Namespace) -> None:
     for seed in experiment.seeds:
         for name in experiment.trained:
             if not experiment.is_done(name, seed):
-                folder = make(experiment, name, seed, arguments)
                 with_card = name in experiment.cards and seed == experiment.seeds[0]
-                keep(folder, experiment.folder(name, seed), (RUN, *(CARD_FILES if with_card else ())))
+                folder, kept = make(experiment, name, seed, arguments), experiment.folder(name, seed)
+                keep(folder, kept, (RUN, *(CARD_FILES if with_card else ())))
+                if with_card:
+                    annotate(kept / CARD, experiment)
 
 
 def make(experiment: Experiment, name: str, seed: int, arguments: argparse.Namespace) -> Path:
@@ -176,7 +183,7 @@ def make(experiment: Experiment, name: str, seed: int, arguments: argparse.Names
     else:
         # A seed decides on the images as well, where a share of them is taken.
         drawn = ["--seed", str(seed), "--split_seed", str(seed)]
-        run(script, [*options, "--dataset", arguments.dataset, *drawn], folders[name])
+        run(script, [*options, *name_data(arguments), *drawn], folders[name])
     return folders[name]
 
 
@@ -185,11 +192,16 @@ def train_grid(arguments: argparse.Namespace) -> None:
         return
     folder, left = arguments.folder / SCALING, None
     while left != 0:
-        run("scaling", ["--recipe", "cifar10_scaling", "--dataset", arguments.dataset], folder)
+        run("scaling", ["--recipe", "cifar10_scaling", *name_data(arguments)], folder)
         before, left = left, json.loads((folder / FACTS).read_text(encoding="utf-8"))["unfinished"]
         if left == before:
             raise SystemExit(f"{left} runs of the grid do not fit into its time: see {folder}")
     keep(folder, RESULTS / SCALING, FILES)
+
+
+def name_data(arguments: argparse.Namespace) -> list[str]:
+    title = [] if arguments.dataset_title is None else ["--dataset_title", arguments.dataset_title]
+    return ["--dataset", arguments.dataset, *title]
 
 
 def run(script: str, options: Sequence[str], folder: Path) -> None:
@@ -204,7 +216,7 @@ def option(options: Sequence[str], name: str) -> str:
     return options[options.index(name) + 1]
 
 
-def reset_positions(source: Path, image_size: int, seed: int, folder: Path) -> None:
+def reset_positions(source: str | Path, image_size: int, seed: int, folder: str | Path) -> None:
     """A copy of a classifier at another image size with new random positions."""
     set_seed(seed)
     model, processor = make_model(ModelArguments(str(source), image_size=image_size))
@@ -229,6 +241,18 @@ def keep(source: Path, folder: Path, patterns: Sequence[str]) -> None:
             else:
                 shutil.copy(file, copy)
         os.rename(copies, folder)
+
+
+def annotate(card: Path, experiment: Experiment) -> None:
+    """Says above the generated parts of a card, where it stays, what the run was for and where its weights are."""
+    note = (
+        f"One of {len(experiment.seeds)} runs, of seed {experiment.seeds[0]}, in the comparison "
+        f"[{experiment.title}]({'../' * 3}README.md#{experiment.name}). Its weights are not kept here: the command "
+        "below makes them again, and what is said of use holds in the folder that it leaves."
+    )
+    title, begin = f"# {escape_markdown(read_run(card.parent).name)}\n\n", "<!-- begin summary:"
+    text = card.read_text(encoding="utf-8")
+    card.write_text(text.replace(title + begin, f"{title}{note}\n\n{begin}", 1), encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -261,9 +285,12 @@ def render_summary(found: Mapping[Experiment, Facts], grid: Mapping | None) -> s
         return "None of them has been run yet."
     rows = []
     for experiment, runs in found.items():
-        figures = [f"{name} {format_percent(measure(experiment, runs[name]))}" for name in experiment.compared]
+        figures = []
+        for each in experiment.measures:
+            of_runs = [f"{name} {format_percent(measure(runs[name], each))}" for name in experiment.compared]
+            figures.append(f"{MEASURES[each]}: {', '.join(of_runs)}")
         link = f"[{experiment.title}](model_cards/results/README.md#{experiment.name})"
-        rows.append((link, f"{MEASURES[experiment.measure]}: {', '.join(figures)}", count(experiment.seeds)))
+        rows.append((link, "; ".join(figures), count(experiment.seeds)))
     if grid is not None:
         seeds = {result["seed"] for result in grid["results"]}
         title = f"{len(grid['results'])} runs of a grid of models, widths, shares of the images and seeds"
@@ -275,12 +302,17 @@ def render_summary(found: Mapping[Experiment, Facts], grid: Mapping | None) -> s
 def render_page(found: Mapping[Experiment, Facts], grid: Mapping | None) -> str:
     parts = [
         "# Results on CIFAR-10",
-        "Of short runs: they compare, and set no records. All are judged on the 10,000 test images, once, at the end. "
-        "Means and standard deviations are over seeds, which also draw the images where only a share of them is "
-        "taken; differences are taken seed by seed. Images and time include those of the runs that one starts from or "
-        "learns from.",
+        "Of short runs: they compare, and set no records. All are judged on the 10,000 test images, once, at the end, "
+        "and no setting was chosen by a figure of this page. Means and sample standard deviations are over seeds, "
+        "which also draw the images where only a share of them is taken; differences are taken seed by seed. That the "
+        "test images are a sample, too, is not in them: it is worth about a point (95 %) of each figure, less of a "
+        "difference.",
+        "GFLOPs are those of a prediction. Training is three times that an image, or less where images grow "
+        "(`--initial_image_size`). Images and time are those of training, with those of the runs that one starts from "
+        "or learns from.",
         "Written by `python tests/benchmarks/reference.py --report` from the facts of the runs, each a `run.json` "
-        "beside this page. Without `--report` it trains what is missing.",
+        f"beside this page. Without `--report` it trains what is missing there. In the commands N is a seed; they name "
+        f"{DATASET} on the Hub, on which figures differ a little from those of a copy stored as JPEG.",
     ]
     for experiment, runs in found.items():
         origin = [f"{name}: {fact}" for name, fact in {"Data": describe_data(runs), **list_origins(flat(runs))}.items()]
@@ -314,35 +346,39 @@ def list_cards(experiment: Experiment) -> list[str]:
 
 
 def command(experiment: Experiment, run: str) -> str:
-    script, *options = experiment.argv(run, {name: f"runs/{slug(name)}" for name in experiment.runs})
+    folders = {name: f"runs/{slug(name)}_N" for name in experiment.runs}
+    script, *options = experiment.argv(run, folders)
     if script == RESET:
-        return f"# new random positions in {option(options, '--model')}, at another size: reference.py does that itself"
-    own = ["--dataset", DATASET, "--output_dir", f"runs/{slug(run)}"]
+        source, size = option(options, "--model"), option(options, "--image_size")
+        call = f'reset_positions("{source}", {size}, N, "{folders[run]}")'
+        return f"PYTHONPATH=tests python -c 'from benchmarks.reference import {RESET}; {call}'"
+    own = ["--dataset", DATASET, "--output_dir", folders[run]]
     return break_lines(f"python -m trainers.{script} {shlex.join([*options, *own])} --seed N --split_seed N")
 
 
 def tabulate_runs(experiment: Experiment, runs: Facts) -> str:
-    first, *_ = experiment.compared
-    shown = dict.fromkeys(["accuracy", experiment.measure])
+    reference, *_ = experiment.compared
+    first, *_ = experiment.measures
     rows = []
     for name in experiment.compared:
-        values, run = measure(experiment, runs[name]), runs[name][0]
-        differences = values - measure(experiment, runs[first])
+        values, run = measure(runs[name], first), runs[name][0]
         images, seconds = add_sources(experiment, name, runs)
         rows.append(
             (
                 name,
-                *(format_percent(measure(experiment, runs[name], each)) for each in shown),
+                *(format_percent(measure(runs[name], each)) for each in experiment.measures),
                 ", ".join(f"{value:.2%}" for value in values),
-                "-" if name == first else format_percent(differences, sign="+"),
+                "-" if name == reference else format_points(values - measure(runs[reference], first)),
                 f"{run.num_parameters / 1e6:.2f}",
-                f"{run.flops / 1e9:.3g}",
+                f"{run.flops / 1e9:.3f}",
                 f"{images:,.0f}",
                 format_duration(seconds),
             )
         )
-    titles = ("", *(MEASURES[each] for each in shown), f"of seeds {count(experiment.seeds)}", f"against {first}")
-    return tabulate((*titles, "M parameters", "GFLOPs an image", "images seen", "time"), rows)
+    title = MEASURES[first]
+    titles = ("", *(MEASURES[each] for each in experiment.measures), f"{title}, seeds {count(experiment.seeds)}")
+    titles = (*titles, f"{title} against {reference}", "M parameters", "GFLOPs", "images seen", "time of training")
+    return tabulate(titles, rows)
 
 
 def add_sources(experiment: Experiment, name: str, runs: Facts) -> tuple[float, float]:
@@ -356,19 +392,27 @@ def add_sources(experiment: Experiment, name: str, runs: Facts) -> tuple[float, 
     return images, seconds
 
 
-def measure(experiment: Experiment, runs: Sequence[TrainingRun], what: str | None = None) -> np.ndarray:
-    """What is compared, or another of `MEASURES`, of each seed."""
-    if (what or experiment.measure) == "accuracy":
+def measure(runs: Sequence[TrainingRun], what: str) -> np.ndarray:
+    """One of `MEASURES` of each run."""
+    if what == "accuracy":
         return np.array([run.results["accuracy"] for run in runs])
     # Classes become rarer in their order.
+    chosen = slice(-NUM_CLASSES, None) if what == "rare_recall" else slice(NUM_CLASSES)
     recalls = [run.confusion_matrix.diagonal() / run.confusion_matrix.sum(axis=1) for run in runs]
-    return np.array([recall[-RARE_CLASSES:].mean() for recall in recalls])
+    return np.array([recall[chosen].mean() for recall in recalls])
 
 
-def format_percent(shares: np.ndarray, sign: str = "") -> str:
+def format_percent(shares: np.ndarray) -> str:
     """Mean and standard deviation, or the only value."""
-    spread = f" ± {100 * shares.std(ddof=1):.1f}" if len(shares) > 1 else ""
-    return f"{100 * shares.mean():{sign}.1f}{spread} %"
+    return f"{100 * shares.mean():.1f}{_format_deviation(shares)} %"
+
+
+def format_points(differences: np.ndarray) -> str:
+    return f"{100 * differences.mean():+.1f}{_format_deviation(differences)} points"
+
+
+def _format_deviation(shares: np.ndarray) -> str:
+    return f" ± {100 * shares.std(ddof=1):.1f}" if len(shares) > 1 else ""
 
 
 def count(seeds: Iterable[int]) -> str:
