@@ -1,4 +1,4 @@
-"""The papers behind the architectures and objectives, as BibTeX."""
+"""The papers behind the architectures and objectives, as BibTeX, and behind ways to balance classes."""
 
 from typing import NamedTuple
 
@@ -82,4 +82,11 @@ PAPERS = {
         2022,
         "2111.09886",
     ),
+}
+
+# What may be done about rare classes in training, with its strength.
+REBALANCING = {
+    "logit_adjustment": "[logit adjustment](https://arxiv.org/abs/2007.07314) of strength {:g}",
+    "class_weight_beta": "[weights of classes by their effective number](https://arxiv.org/abs/1901.05555), beta {:g}",
+    "class_balanced_sampling": "drawing every class equally often",
 }

@@ -14,7 +14,7 @@ from model_cards.figures import (
     plot_robustness,
 )
 from model_cards.pages import describe_settings, show, tabulate, to_json, write_page
-from model_cards.rendering import METRIC_TITLES, escape_markdown
+from model_cards.rendering import METRIC_TITLES, escape_markdown, format_duration, link
 
 
 FACTS, REPORT = "evaluation.json", "report.md"
@@ -106,7 +106,7 @@ def _describe(facts: Mapping) -> str:
     held_out = ", a share of train" if facts["is_held_out"] else ""
     text = (
         f"Measured on the {escape_markdown(facts['split'])} split ({count}{held_out}) of "
-        f"{_link(facts['dataset'], facts['dataset_url'])}; the model, {_link(facts['model'], facts['model_url'])}, is "
+        f"{link(facts['dataset'], facts['dataset_url'])}; the model, {link(facts['model'], facts['model_url'])}, is "
         f"a `{facts['model_type']}` of {facts['num_parameters'] / 1e6:.3g} M parameters for images of "
         f"{_name_size(facts['image_size'])} pixels."
     )
@@ -209,11 +209,10 @@ def _list_class(row: Mapping) -> tuple[str, ...]:
 
 
 def _describe_settings(facts: Mapping) -> list[str]:
-    minutes, seconds = divmod(round(facts["seconds"]), 60)
     settings = {
         "Hardware": facts["hardware"],
         "Precision": facts["precision"],
-        "Time": f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s",
+        "Time": format_duration(facts["seconds"]),
         "Seed": str(facts["bootstrap"]["seed"]),
         "Code": None if facts["commit"] is None else f"vit-custom, commit {facts['commit']}",
         **facts["versions"],
@@ -244,7 +243,3 @@ def _format(name: str, value: float) -> str:
 def _split_figure(name: str, figure: Mapping) -> tuple[str, str]:
     value, low, high = (_format(name, end) for end in _ends(figure))
     return value, f"{low} to {high}"
-
-
-def _link(name: str, url: str | None) -> str:
-    return escape_markdown(name) if url is None else f"[{escape_markdown(name)}]({url})"

@@ -1,13 +1,14 @@
 """What is known of a training run: all that its card says, in a file beside the weights."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
-from model_cards.citations import PAPERS
+from model_cards.citations import PAPERS, REBALANCING
 
 
 RUN = "run.json"
@@ -49,10 +50,12 @@ class TrainingRun:
     dataset_title: str | None = None  # what to call one that is not there
     dataset_folder: str | None = None  # the name of a local one
     split_sizes: Mapping[str, int] | None = None
-    train_fraction: float | None = None  # share of the training images that was seen, if not all
-    train_imbalance: float | None = None  # how many times less of the last class than of the first, if not the same
-    train_counts: Sequence[int] = ()  # of each class, training images that were seen
-    rebalancing: Mapping[str, float] | None = None  # how rare classes were helped: by keys of `rendering.REBALANCING`
+    train_fraction: float | None = None  # share of the training images that was taken, if not all
+    train_imbalance: float | None = (
+        None  # how many times smaller a share of the last class than of the first, if at all
+    )
+    train_counts: Sequence[int] = ()  # of each class, training images
+    rebalancing: Mapping[str, float] | None = None  # how classes were balanced: by keys of `citations.REBALANCING`
 
     evaluation_split: str | None = None  # the split of all that follows
     evaluation_origin: str | None = None  # its name in the data set, if another: train, of which it was held out
@@ -89,6 +92,9 @@ class TrainingRun:
         for field in ("architecture", "objective"):
             if getattr(self, field) not in (None, *PAPERS):
                 raise ValueError(f"{field} must be one of {', '.join(PAPERS)}, got {getattr(self, field)!r}")
+        for name in self.rebalancing or {}:
+            if name not in REBALANCING:
+                raise ValueError(f"rebalancing is by {', '.join(REBALANCING)}, got {name!r}")
         if self.from_scratch and (self.base_model or self.base_folder):
             raise ValueError(f"a run from scratch has no base model, got {self.base_model or self.base_folder!r}")
         for name, value in (self.results or {}).items():
@@ -129,7 +135,9 @@ def write_run(folder: str | Path, run: TrainingRun) -> None:
     known = {field.name: getattr(run, field.name) for field in fields(run)}
     known = {name: value for name, value in known.items() if value is not None and not _is_empty(value)}
     text = json.dumps(known, default=_to_plain, indent=1, ensure_ascii=False)
-    Path(folder, RUN).write_text(text + "\n", encoding="utf-8")
+    path, temporary = Path(folder, RUN), Path(folder, f".{RUN}.tmp")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, path)  # a folder that has one is taken for finished
 
 
 def read_run(folder: str | Path) -> TrainingRun:

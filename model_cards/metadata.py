@@ -64,7 +64,7 @@ def build_metadata(run: TrainingRun) -> ModelCardData:
             "hardware_used": run.hardware,
         }
     # A result in the model index needs a data set. One that is not on the Hub gets a type that is no Hub id.
-    title = run.dataset or run.dataset_title or run.dataset_folder
+    title = run.dataset_title or run.dataset or run.dataset_folder
     if measured and title and run.task == CLASSIFICATION:
         metadata.model_name = run.name
         metadata.eval_results = [

@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import ModelCard
 from matplotlib.figure import Figure
 
-from model_cards.citations import PAPERS
+from model_cards.citations import PAPERS, REBALANCING
 from model_cards.facts import CLASSIFICATION, TrainingRun, is_fraction, write_run
 from model_cards.figures import (
     collect_curves,
@@ -68,12 +68,6 @@ FACTS = (
     "model-index",
     "pipeline_tag",
 )
-# What may be done about rare classes in training, with its strength.
-REBALANCING = {
-    "logit_adjustment": "[logit adjustment](https://arxiv.org/abs/2007.07314) of strength {:g}",
-    "class_weight_beta": "[weights of classes by their effective number](https://arxiv.org/abs/1901.05555), beta {:g}",
-    "class_balanced_sampling": "drawing every class equally often",
-}
 BEGIN = re.compile(r"<!-- begin (\w+):[^>]*-->")
 
 
@@ -238,6 +232,11 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
 
 
+def link(name: str, url: str | None) -> str:
+    """A name that leads to its page, if it has one."""
+    return escape_markdown(name) if url is None else f"[{escape_markdown(name)}]({url})"
+
+
 def find_worst_classes(matrix: np.ndarray, label_names: Sequence[str], count: int) -> list[tuple[str, float, int, str]]:
     """Up to `count` classes with errors, lowest recall first: (name, recall, images, most often taken for)."""
     images = matrix.sum(axis=1)
@@ -293,7 +292,7 @@ def _describe_model(run: TrainingRun) -> str:
 
 def _name_model(on_hub: str | None, folder: str | None) -> str | None:
     if on_hub is not None:
-        return f"[{escape_markdown(on_hub)}](https://huggingface.co/{on_hub})"
+        return link(on_hub, f"https://huggingface.co/{on_hub}")
     return None if folder is None else f"the local checkpoint {escape_markdown(folder)}"
 
 
@@ -327,27 +326,31 @@ def _count_evaluated(run: TrainingRun) -> int | None:
 
 def _describe_dataset(run: TrainingRun) -> str | None:
     if run.dataset is not None:
-        return f"[{escape_markdown(run.dataset)}](https://huggingface.co/datasets/{run.dataset})"
+        return link(run.dataset_title or run.dataset, f"https://huggingface.co/datasets/{run.dataset}")
     if run.dataset_title is not None:
         return escape_markdown(run.dataset_title)
     return None if run.dataset_folder is None else f"the local folder {escape_markdown(run.dataset_folder)}"
 
 
 def _describe_selection(run: TrainingRun) -> str | None:
-    """What of the training images the model saw, and how unevenly they are spread over the classes."""
+    """What of the images was there to train on, and how unevenly they are spread over the classes."""
     sentences = []
     if run.train_fraction is not None or run.train_imbalance is not None:
-        seen = "all" if run.train_fraction is None else f"a share of {run.train_fraction:g}"
+        images = "all" if run.train_fraction is None else f"a share of {run.train_fraction:g} of the"
+        images += " training images"
         if run.train_imbalance is not None:
-            seen += f" of the first class, of each later one less, and of the last {run.train_imbalance:g} times less"
-        sentences.append(f"Of the training images it saw {seen}.")
+            images += (
+                " of the first class, on a smaller share of each later one, "
+                f"{run.train_imbalance:g} times smaller of the last, and on one of each at least"
+            )
+        sentences.append(f"It was trained on {images}.")
     if len(set(run.train_counts)) > 1:
         pairs = list(zip(run.train_counts, map(escape_markdown, run.label_names)))
         few, many = (f"{count:,} ({name})" for count, name in (min(pairs), max(pairs)))
-        sentences.append(f"It saw {few} to {many} images of a class.")
+        sentences.append(f"Classes have {few} to {many} training images.")
     if run.rebalancing:
         ways = " and ".join(REBALANCING[name].format(value) for name, value in run.rebalancing.items())
-        sentences.append(f"Rare classes were helped by {ways}.")
+        sentences.append(f"Classes were balanced by {ways}.")
     return " ".join(sentences) or None
 
 

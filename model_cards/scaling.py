@@ -225,6 +225,9 @@ def _describe_limits(facts: Mapping) -> str:
     passes = [f"{bound(each['sights'] / each['images'] for each in results):.3g}" for bound in (min, max)]
     passes = f"{passes[0]} passes" if passes[0] == passes[1] else f"{passes[0]} to {passes[1]} passes"
     parameters = [result["parameters"] for result in results]
+    judged = "all were judged on the same images"
+    if facts["held_out"] and seeds > 1:
+        judged = "those of one seed were judged on the same held-out images, those of another on others"
     lines = [
         f"They are laws of runs as short as these ({passes} over their images), "
         "not of models that were trained to their end: longer training would move every curve, and those of larger "
@@ -232,11 +235,10 @@ def _describe_limits(facts: Mapping) -> str:
         f"They hold for {min(parameters) / 1e6:.2g} to {max(parameters) / 1e6:.2g} M parameters and up to "
         f"{max(result['images'] for result in results):,} images. Beyond that a curve is a guess.",
         f"{_count(seeds, 'seed')} at most for each point: the scatter that intervals are made of is itself known "
-        "badly, and "
-        + ("each was judged on other held-out images." if facts["held_out"] else "all were judged on the same images."),
+        f"badly, and {judged}.",
         "All families were trained by the same recipe; another one may favour another family.",
         "The runs that nothing cheaper reaches are chosen by the errors that are then fitted: a law by compute looks "
-        "somewhat better than it is.",
+        "somewhat better than it is. Whether errors fall with compute at all is tested on all runs.",
     ]
     missing = {
         "left out by the budget": facts["grid"] - len(results) - facts["unfinished"],

@@ -242,7 +242,7 @@ class PositionEmbedding(nn.Module):
     def resize(self, grid: tuple[int, int]):
         """Make another grid the native one, once and for all."""
         weight = self.interpolate(grid).clone(memory_format=torch.contiguous_format)
-        self.weight = weight if self.is_fixed else nn.Parameter(weight)
+        self.weight = weight if self.is_fixed else nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         self.grid_size = grid
 
 
@@ -611,8 +611,10 @@ class WindowAttention(Attention):
         device = self.relative_position_bias_table.device
         if stage.window_size != self.window_size:
             old, new = 2 * self.window_size - 1, 2 * stage.window_size - 1
-            table = interpolate_table(self.relative_position_bias_table[None], (old, old), (new, new))[0]
-            self.relative_position_bias_table = nn.Parameter(table.clone(memory_format=torch.contiguous_format))
+            before = self.relative_position_bias_table
+            table = interpolate_table(before[None], (old, old), (new, new))[0]
+            table = table.clone(memory_format=torch.contiguous_format)
+            self.relative_position_bias_table = nn.Parameter(table, requires_grad=before.requires_grad)
             self.relative_position_index = relative_position_index(stage.window_size).to(device)
             self.window_size = stage.window_size
         self.layout = WindowLayout(stage.grid_size, stage.window_size, self.shifted).to(device)

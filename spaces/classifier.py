@@ -34,6 +34,7 @@ from modeling_vit_custom.interpretability import (
     position_similarity,
     principal_filters,
     to_pixels,
+    to_probabilities,
 )
 from modeling_vit_custom.interpretability.figures import (
     overlay,
@@ -93,10 +94,7 @@ class Classifier:
         return self.name_likeliest(self.transparent(self.prepare(image, size)).logits[0].float(), top_k)
 
     def name_likeliest(self, logits: Tensor, top_k: int) -> dict[str, float]:
-        if self.model.config.problem_type == "multi_label_classification":
-            probabilities = logits.sigmoid()
-        else:
-            probabilities = logits.softmax(dim=-1)
+        probabilities = to_probabilities(logits, self.model.config)
         values, indices = probabilities.topk(min(top_k, len(self.labels)))
         return {self.labels[index]: value for index, value in zip(indices.tolist(), values.tolist(), strict=True)}
 

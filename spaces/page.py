@@ -3,6 +3,7 @@
 import base64
 import html
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ LAUNCH_OPTIONS = {
     "max_file_size": MAX_FILE_BYTES,
     "share": False,
     "show_error": False,
+    "state_session_capacity": 200,  # visitors whose last answers are kept
     "app_kwargs": {"middleware": [Middleware(WithoutSideDoors)]},
 }
 
@@ -84,8 +86,9 @@ def build_demo(classifiers: Sequence[Classifier], version: str = "vit-custom") -
         for each in classifiers:
             if each.transparent is None:
                 raise UnusableModelError(f"{each.name!r} is no ViT, DeiT, PVT or Swin: it cannot be compared")
-        if len({each.name for each in classifiers}) < len(classifiers):
-            raise UnusableModelError(f"two models are called {first.name!r}: rename the folder of one")
+        name, count = Counter(each.name for each in classifiers).most_common(1)[0]
+        if count > 1:
+            raise UnusableModelError(f"{count} models are called {name!r}: rename their folders")
     # Uploads are looked for every hour and deleted when they are an hour old.
     with UploadsOnlyBlocks(title=f"{first.name} · vit-custom", delete_cache=(3600, 3600)) as demo:
         gr.HTML(introduction(first), elem_id="introduction")
@@ -309,8 +312,9 @@ def read_card(folder: Path) -> str:
     body = re.sub(r"<!--.*?-->\n?", "", body, flags=re.DOTALL)
 
     def embed(match: re.Match) -> str:
-        file = (folder / match[2]).resolve()
-        if not file.is_relative_to(folder.resolve()) or not file.is_file():
+        # By its name: what came from the Hub is a link to where its contents are kept.
+        file = folder / match[2]
+        if Path(match[2]).is_absolute() or ".." in file.parts or not file.is_file():
             return match[1]
         return f"![{match[1]}](data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()})"
 

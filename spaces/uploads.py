@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image, ImageOps
+from PIL import Image
 from starlette.responses import PlainTextResponse
+
+from modeling_vit_custom.images import ClippedImageError, to_rgb
 
 
 MAX_FILE_BYTES = 10 * 1024**2
@@ -18,11 +20,14 @@ MAX_PIXELS = 64_000_000
 MAX_SIDE = 65_535
 # Models that want a shorter side of some length would make a strip of 1 x 60,000 pixels many times as large.
 MAX_ASPECT = 32
+# Of a request that uploads nothing. What it names, gradio keeps for each visitor.
+MAX_REQUEST_BYTES = 100_000
 # A short list, because some of Pillow's readers do more than read: EPS starts Ghostscript.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 
 NOT_UPLOADED = "Upload the image itself: neither a path on the server nor an address is accepted."
 NOT_AN_IMAGE = "This file cannot be read as an image. Use an intact JPEG, PNG, WebP, GIF or BMP file."
+TOO_DEEP = "The image has more than 8 bits a channel, which would be cut off. Convert it to 8 bits."
 TOO_LARGE = f"The file is larger than {MAX_FILE_BYTES // 1024**2} MB. Use a smaller one."
 TOO_MANY_PIXELS = f"The image has more than {MAX_PIXELS // 10**6} megapixels or is too long. Use a smaller one."
 NO_IMAGE = "Choose an image first."
@@ -61,29 +66,41 @@ def open_upload(payload: dict[str, Any] | None, upload_folder: Path) -> Image.Im
             strip = max(image.size) > MAX_SIDE or max(image.size) > MAX_ASPECT * min(image.size)
             if strip or image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return to_rgb(image)
     except Image.DecompressionBombError as error:
         raise refuse(TOO_MANY_PIXELS) from error
+    except ClippedImageError as error:
+        raise refuse(TOO_DEEP) from error
     except (OSError, SyntaxError, ValueError, struct.error) as error:  # all that Pillow raised on 290,000 damaged files
         raise refuse(NOT_AN_IMAGE) from error
 
 
 class WithoutSideDoors:
-    """Answers 404 to what gradio offers and this page does not need.
+    """Answers 404 to what gradio offers and this page does not need, and 413 to what is too long to be a question.
 
-    It would run ffmpeg on whatever is posted as a recording, and fetch any address that is asked for as a file.
+    It would run ffmpeg on whatever is posted as a recording, fetch any address that is asked for as a file, and write
+    what a visitor last sent to the disk for good, as a link to it.
     """
+
+    CLOSED = re.compile(r"/process_recording$|/deep_link$|/file[=/]\s*https?:", re.IGNORECASE)
 
     def __init__(self, app: Any):
         self.app = app
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        path = scope.get("path", "")
-        is_closed = path.endswith("/process_recording") or re.search(r"/file=\s*https?:", path, re.IGNORECASE)
-        if scope["type"] == "http" and is_closed:
-            await PlainTextResponse("Not found", status_code=404)(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
+        answer = self.refusal(scope) if scope["type"] == "http" else None
+        await (answer or self.app)(scope, receive, send)
+
+    def refusal(self, scope: dict) -> PlainTextResponse | None:
+        path = scope["path"].rstrip("/")
+        if self.CLOSED.search(path):
+            return PlainTextResponse("Not found", status_code=404)
+        # Uploads have a limit of their own. What tells no length may be of any.
+        if scope["method"] == "POST" and not path.endswith("/upload"):
+            length = dict(scope["headers"]).get(b"content-length", b"")
+            if not length.isdigit() or int(length) > MAX_REQUEST_BYTES:
+                return PlainTextResponse("Too long", status_code=413)
+        return None
 
 
 def named_paths(payload: Any) -> Iterator[Any]:

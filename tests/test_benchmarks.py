@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -32,7 +33,7 @@ from benchmarks.foreign_files import SOURCES
 from torch import nn
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
-from model_cards.facts import RUN, TrainingRun
+from model_cards.facts import RUN, TrainingRun, read_run, write_run
 from model_cards.metadata import find_card_errors
 from model_cards.rendering import CARD
 from modeling_vit_custom import ViTCustomForImageClassification, preset_config
@@ -473,6 +474,28 @@ def test_references_are_trained_once_and_tabulated(ten_colours: Path, references
     assert exit_.value.code == 2
 
 
+@pytest.mark.parametrize(
+    "change", [("--max_steps 2", "--max_steps 3"), ("trainers.finetune", "trainers.pretrain"), None]
+)
+def test_facts_of_another_command_are_refused(references: Path, capsys, change):
+    experiment = reference.read_experiments()["pair"]
+    folder = experiment.folder("as it was", 1)
+    folder.mkdir(parents=True)
+    script, *options = experiment.argv("as it was", {"base": "base_1"})
+    command = f"python -m trainers.{script} {shlex.join(options)} --dataset colours"
+    run = TrainingRun(name="as_it_was_1", seed=1, command=command)
+    write_run(folder, run)
+    assert experiment.find("as it was", 1).command == command
+    reference.main(["--report"])
+    capsys.readouterr()
+    write_run(folder, replace(run, seed=0) if change is None else replace(run, command=command.replace(*change)))
+    with pytest.raises(SystemExit) as exit_:
+        reference.main(["--report"])
+    error = capsys.readouterr().err.strip()
+    assert exit_.value.code == 2 and len(error.splitlines()) == 1
+    assert "is of another command than 'as it was' of pair with seed 1" in error
+
+
 def test_references_measure_the_rare_classes():
     def run(recalls: list[float]) -> TrainingRun:
         matrix = np.diag(np.array(recalls) * 10)
@@ -498,3 +521,6 @@ def test_recipes_of_results_name_no_folders():
     assert recipes
     for file in recipes:
         assert render_recipe(file) == file.read_text(encoding="utf-8")
+        fields, run = read_recipe(file), read_run(file.parent)
+        for name, on_hub in (("dataset", run.dataset), ("model", run.base_model), ("teacher", run.teacher)):
+            assert "/" not in fields.get(name, "") or fields[name] == on_hub

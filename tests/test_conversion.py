@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
 
-from modeling_vit_custom import ViTCustomForImageClassification
+from modeling_vit_custom import ViTCustomForImageClassification, ViTCustomForMaskedImageModeling, ViTCustomModel
 from modeling_vit_custom.convert import convert, from_timm, from_transformers, to_npz, to_onnx, to_timm, to_transformers
 from modeling_vit_custom.convert.__main__ import main
 from modeling_vit_custom.convert.preprocessing import describe_preprocessing
@@ -498,6 +498,19 @@ def test_fields_that_nobody_knows_are_refused(tmp_path):
 
 REFUSED_EXPORTS = {
     "a mean that the other library does not take": (to_timm, "deit", {"pooling": "mean"}, "pooling='mean'"),
+    "a PVT's mean": (to_transformers, "pvt", {"pooling": "mean"}, "pooling='mean'"),
+    "two tokens": (
+        to_transformers,
+        "deit",
+        {"use_distillation_token": True, "num_register_tokens": 1},
+        "num_register_tokens=1",
+    ),
+    "a PVT with two heads": (
+        to_transformers,
+        "pvt",
+        {"use_distillation_token": True},
+        "transformers has no PvtForImageClassificationWithTeacher",
+    ),
     "mean beside a class token": (to_npz, "vit", {"pooling": "mean"}, "pooling='mean'"),
     "not square": (to_npz, "vit", {"image_size": [32, 16]}, "image_size="),
     "no biases": (to_npz, "vit", {"qkv_bias": False}, "qkv_bias=False"),
@@ -523,6 +536,23 @@ def test_only_models_of_ours_in_memory_go_elsewhere(way):
 def test_only_models_of_that_library_are_taken(way):
     for model in (torch.nn.Linear(2, 2), torchvision.models.VisionTransformer(32, 8, 1, 2, 16, 32)):
         with pytest.raises(ValueError, match=f"cannot convert a {type(model).__name__}: it must be a"):
+            way(model)
+
+
+def test_a_pyramid_without_a_model_there_is_refused():
+    with pytest.raises(ValueError, match="transformers has no PvtForMaskedImageModeling"):
+        to_transformers(tiny_model(ViTCustomForMaskedImageModeling, "pvt"))
+    bare = tiny_model(ViTCustomModel, "vit", use_distillation_token=True, num_register_tokens=1)
+    with pytest.raises(ValueError, match="num_register_tokens=1"):
+        to_transformers(bare)
+
+
+def test_what_differs_of_a_swin_is_warned_of():
+    with pytest.warns(UserWarning, match="one window high or wide: transformers does not shift"):
+        to_transformers(tiny_model(ViTCustomForImageClassification, "swin", image_size=(16, 32), depths=[2, 2]))
+    model = tiny_model(ViTCustomForImageClassification, "swin", patch_norm_eps=0.1)
+    for way in (to_timm, to_transformers):
+        with pytest.warns(UserWarning, match="has an epsilon of 1e-05 in norms where this model has 0.1"):
             way(model)
 
 

@@ -747,6 +747,23 @@ def test_a_stream_goes_on_where_it_was_left(streamable, tmp_path):
         assert same(batch, images.__getitems__(other))
 
 
+def test_processes_that_were_fewer_go_on_from_one_place(streamable, tmp_path, capsys):
+    splits = load_splits(replace(streamable, streaming=True, shuffle_buffer=8), seed=1)
+    stream = training_images(splits["train"], Crop(AugmentationArguments(), (6, 6))).stream
+    for rank, taken in ((0, 5), (1, 1)):  # one that is ahead of the other
+        batches = StreamBatches(stream, 4, rank, 2)
+        list(islice(batches, taken))
+        batches.positions[7] = batches.positions[taken]
+        batches.save(tmp_path, 7)
+    starts = []
+    for rank in range(3):
+        batches = StreamBatches(stream, 4, rank, 3)
+        batches.load(tmp_path, 7)
+        starts.append(batches.start)
+    assert len(set(starts)) == 1 and starts[0].epoch == 1
+    assert "was read by 2 processes and is by 3 now" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("shards", "world"), [(4, 2), (3, 2), (1, 3)])
 def test_processes_share_a_stream_without_duplicates_or_a_missing_tail(tmp_path, shards, world, no_delay):
     names, shard_of = save_names(tmp_path, ["a", "b"]), []
@@ -903,6 +920,8 @@ def test_images_without_classes_are_thinned_out_together(tmp_path):
     folder = save_parquet(tmp_path, [-1] * 20, datasets.ClassLabel(names=["a", "b"]))
     arguments = DataArguments(dataset=folder, validation_fraction=0.2, train_fraction=0.5)
     assert len(load_splits(arguments, needs_labels=False)["train"]) == 8
+    with pytest.raises(ValueError, match=r"--train_imbalance 2.0 needs a class for every image, which '.*' does not"):
+        load_splits(replace(arguments, train_imbalance=2.0), needs_labels=False)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, load_dataset
@@ -496,6 +498,11 @@ def test_data_that_do_not_fit(model, images, tmp_path, capsys):
     hidden = Dataset.from_dict({"image": pictures, "label": [-1, 0, -1]}, features=unlabelled)
     hidden.to_parquet(tmp_path / "hidden" / "test.parquet")
     assert "2 of 3 images of split 'test'" in error(tmp_path / "hidden")
+    numbers = Dataset.from_dict({"image": pictures, "label": [0, 1, 1]}, features=unlabelled).data.table
+    odd = numbers.set_column(1, "label", [pa.array([0, 7, 1])])  # as no writer of ours would
+    (tmp_path / "odd").mkdir()
+    pq.write_table(odd.cast(numbers.schema), tmp_path / "odd" / "test.parquet")
+    assert f"has label 7, outside 0..{len(CLASSES) - 1} (1 of 3 images)" in error(tmp_path / "odd")
     plain = Dataset.from_dict({"image": pictures}, features=Features({"image": ImageFeature()}))
     plain.to_parquet(tmp_path / "plain" / "test.parquet")
     assert "the data set has no label columns among image" in error(tmp_path / "plain")
@@ -505,6 +512,9 @@ def test_data_that_do_not_fit(model, images, tmp_path, capsys):
     assert "cannot be decoded" in error(tmp_path / "broken", "--split", "all")
     (tmp_path / "broken" / "dot" / "1.png").write_bytes(b"no image")
     assert "holds no images" in error(tmp_path / "broken", "--split", "all", "--on_corrupt", "skip")
+    draw(2, 1).save(tmp_path / "broken" / "dot" / "1.png")
+    facts = run(tmp_path, model, tmp_path / "broken", "--split", "all", "--on_corrupt", "skip")
+    assert facts["num_images"] == facts["drawn_from"] == 1
 
 
 def test_folders_that_are_not_ours_are_left_alone(model, images, tmp_path, capsys):

@@ -48,6 +48,7 @@ from trainers.augmentation import Augmentation, Crop
 from trainers.data import load_splits, processor_transform
 from trainers.draws import Draws
 from trainers.finetune import main as finetune
+from trainers.illustrations import write_examples
 from trainers.models import make_model, parse_overrides, read_processor
 from trainers.pretrain import main as pretrain
 from trainers.runs import is_whole, last_checkpoint
@@ -142,7 +143,9 @@ def test_the_card_tells_what_was_left_out(tmp_path):
     assert run.train_counts == np.bincount(splits["train"]["label"]).tolist()
     assert run.split_sizes["train"] == sum(run.train_counts)
     assert run.rebalancing == {"logit_adjustment": 1.0}
-    assert "saw a share of 0.5 of the first class" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "a share of 0.5 of the training images of the first class" in (tmp_path / "README.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_the_card_tells_who_taught_and_what_the_images_are_called(checkpoint, tmp_path):
@@ -347,7 +350,24 @@ def test_a_full_output_folder_is_not_replaced(checkpoint, capsys):
     before = (checkpoint / "model.safetensors").read_bytes()
     argv = ["--dataset", "digits", "--model", "vit_nano_patch2_8", "--output_dir", str(checkpoint)]
     assert "already holds a model: pass --overwrite" in error_of(capsys, argv)
+    elsewhere = ["--resume_from_checkpoint", str(checkpoint.parent / "other" / "checkpoint-2")]
+    assert "already holds another run than" in error_of(capsys, [*argv, *elsewhere])
     assert (checkpoint / "model.safetensors").read_bytes() == before
+
+
+def test_figures_of_something_else_are_not_replaced(tmp_path, capsys):
+    (tmp_path / "attention.png").write_bytes(b"mine")
+    argv = ["--dataset", "digits", "--model", "vit_nano_patch2_8", "--output_dir", str(tmp_path)]
+    assert "holds a attention.png, in whose place the model's would come" in error_of(capsys, argv)
+    assert (tmp_path / "attention.png").read_bytes() == b"mine"
+
+
+def test_examples_of_somebody_else_stay(tmp_path):
+    (tmp_path / "examples").mkdir()
+    for name in ("2024-holiday.png", "7.png"):
+        (tmp_path / "examples" / name).touch()
+    write_examples(tmp_path, load_splits(DataArguments(dataset="digits"))["validation"], 2)
+    assert sorted(path.name for path in (tmp_path / "examples").iterdir()) == ["1.png", "2.png", "2024-holiday.png"]
 
 
 @pytest.mark.parametrize(
@@ -481,8 +501,8 @@ def script_of(name: str) -> str:
     return script
 
 
-# What trains one model; the others are grids.
-TRAINING_RECIPES = [name for name in list_recipes() if script_of(name) in SCRIPTS]
+# What trains one model.
+TRAINING_RECIPES = [name for name in list_recipes() if script_of(name) != "scaling"]
 
 
 @pytest.mark.parametrize("name", TRAINING_RECIPES)

@@ -42,6 +42,7 @@ RUN = TrainingRun(
     license="mit",
     label_names=list("abcde"),
     dataset_folder="images",
+    teacher_folder="teacher",
     results={"accuracy": 0.5},
     evaluation_split="test",
     split_sizes={"test": 10},
@@ -74,7 +75,8 @@ def finished(tmp_path_factory):
     model.save_pretrained(folder)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     (folder / "examples").mkdir()
-    (folder / "recipe.yaml").write_text("dataset: /home/me/images\nrotation: 5\n")
+    recipe = "dataset: /home/me/images\nmodel: google/vit\nteacher: acme/plans/teacher\nrotation: 5\n"
+    (folder / "recipe.yaml").write_text(recipe)
     (folder / "all_results.json").write_text("{}")
     (folder / "notes.txt").write_text("mine")
     (folder / "training_args.bin").write_bytes(b"pickle")
@@ -113,7 +115,9 @@ def test_all_of_a_checkpoint_and_nothing_else_is_sent(hub, finished):
     files = hub.files(REPO)
     assert files.keys() == PUBLISHED
     assert {name: files[name] for name in contents(finished)} == contents(finished)
-    assert yaml.safe_load(files["recipe.yaml"]) == {"dataset": "images", "rotation": 5}
+    # That it was local is known of a folder that is not there any more.
+    shown = {"dataset": "images", "model": "google/vit", "teacher": "teacher", "rotation": 5}
+    assert yaml.safe_load(files["recipe.yaml"]) == shown
     card = files["README.md"].decode()
     assert find_card_errors(card) == []
     assert f'pipeline("image-classification", model="{REPO}", trust_remote_code=True)' in card

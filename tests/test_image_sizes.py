@@ -232,6 +232,12 @@ def test_the_decoder_s_fixed_positions_stay_fixed(tmp_path):
         assert all(parameter.grad is None for parameter in parameters.values())
 
 
+def test_what_is_frozen_stays_frozen(architecture):
+    model = tiny_model(ViTCustomModel, architecture).requires_grad_(False)
+    model.resize_image_size(64)  # and with it the windows
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_resized_weights_are_contiguous(architecture):
     model = tiny_model(ViTCustomModel, architecture)
     model.resize_image_size(48)

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.decomposition import PCA
 from tiny_models import ONE_STAGE_ARCHITECTURES, random_images, tiny_config, tiny_model
 
@@ -27,6 +28,7 @@ from modeling_vit_custom.interpretability import (
     principal_filters,
     score_map,
     to_pixels,
+    to_probabilities,
 )
 from modeling_vit_custom.interpretability.attention import (
     iterate_attention,
@@ -237,7 +239,7 @@ def test_gradient_attention_is_what_autograd_says(architecture, size):
         torch.testing.assert_close(found, expected.detach())
 
 
-@pytest.mark.parametrize("passes", [iterate_attention, partial(iterate_gradients, classes=None)])
+@pytest.mark.parametrize("passes", [iterate_attention, partial(iterate_gradients, classes=None), attention_map])
 def test_the_weights_of_one_block_at_a_time_are_there(architecture, passes):
     model, kept, most = classifier(architecture), [], []
     attend = Attention.attend
@@ -251,8 +253,11 @@ def test_the_weights_of_one_block_at_a_time_are_there(architecture, passes):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Attention, "attend", watch)
-        for _, weights, *rest in passes(model, random_images()):
-            del weights, rest
+        if passes is attention_map:
+            attention_map(model, random_images(), -1)
+        else:
+            for _, weights, *rest in passes(model, random_images()):
+                del weights, rest
     assert len(kept) == model.config.num_hidden_layers
     assert max(most) == 0
 
@@ -394,6 +399,22 @@ def test_the_nearest_images_are_those_of_the_smallest_angle():
     assert indices.tolist() == [[0, 2]]
     torch.testing.assert_close(similarities[0, 0], torch.tensor(2 / math.hypot(2, 0.1)))
     assert nearest_images(features, features, 9)[0].shape == (4, 4)
+
+
+def test_probabilities_of_several_labels_are_each_its_own():
+    model, images = classifier("vit"), random_images()
+    logits = model(images).logits
+    several = classifier("vit", problem_type="multi_label_classification")
+    torch.testing.assert_close(predict_at_sizes(several, images, [32])[32], logits.sigmoid())
+    torch.testing.assert_close(to_probabilities(logits, model.config), logits.softmax(dim=-1))
+    torch.testing.assert_close(to_probabilities(logits, classifier("vit", num_labels=1).config), logits.sigmoid())
+    # With every patch there, an insertion ends at the probability itself.
+    scores = score_map(several, images, torch.rand(2, *several.model.feature_grids((32, 32))[0]), steps=1)
+    blurred = F.interpolate(F.adaptive_avg_pool2d(images, 4), (32, 32), mode="bilinear")
+    ends = torch.stack([several(each).logits.sigmoid() for each in (blurred, images)], dim=1)
+    chosen = logits.argmax(dim=-1)
+    expected = ends[torch.arange(2), :, chosen].mean(dim=1)
+    torch.testing.assert_close(scores.insertion, expected)
 
 
 def test_predictions_at_the_native_size_are_the_models():

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,14 @@ import torch
 from matplotlib import colormaps
 from PIL import Image
 from tiny_models import tiny_model
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    ViTModel,
+)
 
 from modeling_vit_custom import ViTCustomForImageClassification, ViTCustomForPreTraining
 from modeling_vit_custom.interpretability.__main__ import main as draw
@@ -194,6 +202,12 @@ def test_sizes_that_are_less_than_a_patch_are_left_out(photos, tmp_path):
     assert "sizes.png" in files
 
 
+def save_deep_grey(photos: str) -> str:
+    file = Path(photos).parent / "deep.png"
+    Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64)).save(file)
+    return str(file)
+
+
 def test_an_encoder_has_no_predictions_to_explain(photos, tmp_path):
     checkpoint = save(tiny_model(ViTCustomForPreTraining, "vit"), tmp_path / "model")
     files, report = run(checkpoint, photos, tmp_path / "out")
@@ -210,6 +224,9 @@ def test_models_of_transformers_are_looked_into(photos, tmp_path):
     assert files == FILES | {"positions.png"}
     files, _ = run(save(ViTModel(config), tmp_path / "encoder"), photos, tmp_path / "encoded")
     assert "filters.png" in files
+    distilled = DeiTForImageClassificationWithTeacher(DeiTConfig(**config.to_diff_dict()))
+    files, report = run(save(distilled, tmp_path / "distilled"), photos, tmp_path / "of_distilled")
+    assert files == FILES | {"positions.png"} and "insertion" in report
 
 
 @pytest.mark.parametrize(
@@ -218,6 +235,7 @@ def test_models_of_transformers_are_looked_into(photos, tmp_path):
         (lambda model, photos: [model, "nowhere"], "there is no 'nowhere'"),
         (lambda model, photos: ["nowhere", photos], "nowhere"),
         (lambda model, photos: [model, f"{photos}/notes.txt"], r"notes.txt' cannot be read as an image: .*"),
+        (lambda model, photos: [model, save_deep_grey(photos)], r"deep.png' has mode I;16, which would be clipped: .*"),
         (lambda model, photos: [model, photos, "--neighbours", f"{model}"], "holds no images .*"),
         (lambda model, photos: [model, photos, "--output_dir", f"{photos}/one.png"], ".*one.png.*"),
     ],

@@ -357,6 +357,8 @@ def test_impossible_facts_are_refused():
         TrainingRun(name="out", from_scratch=True, base_model="google/vit")
     with pytest.raises(ValueError, match=r"shape \(2, 2\) does not fit 3 label names"):
         TrainingRun(name="out", label_names=["a", "b", "c"], confusion_matrix=np.eye(2, dtype=int))
+    with pytest.raises(ValueError, match=r"rebalancing is by logit_adjustment, .*, got 'focal_loss'"):
+        TrainingRun(name="a", rebalancing={"focal_loss": 2.0})
     with pytest.raises(ValueError, match="1 counts of classes do not fit 2 label names"):
         TrainingRun(name="out", label_names=["a", "b"], train_counts=[3])
 
@@ -395,30 +397,39 @@ def test_nasty_class_names_survive(tmp_path):
     assert 'pipeline("image-classification", model=".", trust_remote_code=True)' in text
 
 
+def test_a_title_stands_for_a_data_set_on_the_hub_too():
+    run = TrainingRun(name="out", dataset="user/data", dataset_title="Leaves of *June*", results={"accuracy": 0.5})
+    rendered = render_card(run)
+    assert r"[Leaves of \*June\*](https://huggingface.co/datasets/user/data)" in rendered.text
+    (result,) = build_metadata(run).eval_results
+    assert (result.dataset_name, result.dataset_type) == ("Leaves of *June*", "user/data")
+
+
 @pytest.mark.parametrize(
     ("facts", "sentence"),
     [
-        ({"train_fraction": 0.1}, "Of the training images it saw a share of 0.1."),
+        ({"train_fraction": 0.1}, "It was trained on a share of 0.1 of the training images."),
         (
             {"train_imbalance": 50.0},
-            "Of the training images it saw all of the first class, of each later one less, and of the last 50 times "
-            "less.",
+            "It was trained on all training images of the first class, on a smaller share of each later one, 50 times "
+            "smaller of the last, and on one of each at least.",
         ),
         (
             {"train_fraction": 0.5, "train_imbalance": 2.0, "label_names": ["a|b", "c"], "train_counts": [20, 10]},
-            "Of the training images it saw a share of 0.5 of the first class, of each later one less, and of the last "
-            r"2 times less. It saw 10 (c) to 20 (a\|b) images of a class.",
+            "It was trained on a share of 0.5 of the training images of the first class, on a smaller share of each "
+            "later one, 2 times smaller of the last, and on one of each at least. Classes have 10 (c) to "
+            r"20 (a\|b) training images.",
         ),
         ({"label_names": ["a", "b"], "train_counts": [7, 7]}, None),
         (
             {"rebalancing": {"logit_adjustment": 0.5, "class_balanced_sampling": True}},
-            "Rare classes were helped by [logit adjustment](https://arxiv.org/abs/2007.07314) of strength 0.5 and "
+            "Classes were balanced by [logit adjustment](https://arxiv.org/abs/2007.07314) of strength 0.5 and "
             "drawing every class equally often.",
         ),
     ],
     ids=["share", "imbalance", "both", "balanced", "rebalanced"],
 )
-def test_what_was_seen_of_the_training_images_is_told(facts, sentence):
+def test_what_was_taken_of_the_training_images_is_told(facts, sentence):
     text = render_card(TrainingRun(name="out", dataset_folder="cats", **facts)).text
     data = text.partition("## Data")[2].partition("<!-- end data -->")[0].strip().splitlines()
     assert data == ["The images are those of the local folder cats.", *(["", sentence] if sentence else [])]

@@ -60,6 +60,23 @@ def test_cnns_have_names_as_well():
         make_model(ModelArguments("resnet18"))
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("hidden_act=foo", "hidden_act='foo' must be one of "),
+        ("hidden_act=[relu]", "must be one of "),
+        ("hidden_sizes=[]", r"hidden_sizes=\[\] must be a list, of a whole number of at least 1 for each stage"),
+        ("depths=[2,0,2]", r"depths=\[2, 0, 2\] must be"),
+        ("hidden_sizes=[8,8.5,9]", r"hidden_sizes=\[8, 8.5, 9\] must be"),
+        ("embedding_size=0", "embedding_size=0 must be a whole number"),
+        ("dtype=foo", "unknown field 'dtype' for 'resnet_nano_64': choose among num_channels, embedding_size"),
+    ],
+)
+def test_a_cnn_says_what_it_cannot_be(override, message):
+    with pytest.raises(ValueError, match=message):
+        make_model(ModelArguments("resnet_nano_64", config_overrides=[override]))
+
+
 @pytest.mark.parametrize(("name", "millions"), [("resnet18_224", 11.69), ("resnet50_224", 25.56)])
 def test_cnns_are_as_large_as_their_paper_s(name, millions):
     """https://arxiv.org/abs/1512.03385, by the counts of torchvision's."""

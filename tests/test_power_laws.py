@@ -127,6 +127,28 @@ def test_a_crossing_beyond_is_an_extrapolation():
     assert found.place.low < 150**2.5 < found.place.high
 
 
+def drawn(law: PowerLaw, draws: list[PowerLaw]) -> Fit:
+    return Fit(law, tuple(draws), 0.0, None, (1e3,), (1e5,))
+
+
+def test_draws_that_cross_before_an_extrapolated_break_even_are_before_it():
+    flat = drawn(FLAT, [FLAT] * 100)
+    # 6 x^-0.3 = s x^-0.7 at (s / 6)^2.5: beyond 100,000 in 96 draws, and at 90,000 in 4.
+    later, earlier = (PowerLaw(0.0, (6 * place**0.4,), (0.7,)) for place in (130e3, 90e3))
+    found = find_break_even(drawn(later, [later] * 96 + [earlier] * 4), flat)
+    assert (found.verdict, found.ahead, found.limits[0]) == ("extrapolated", "first", 1e5)
+    assert found.place == pytest.approx((130e3, 1e5, 130e3), rel=1e-3)
+
+
+def test_of_two_break_evens_beyond_the_first_is_told():
+    steep = PowerLaw(0.08, (6 * 129e3**-0.3 * 129e3**1.5 - 0.08 * 129e3**1.5,), (1.5,))  # equal at 129,000
+    found = find_break_even(drawn(steep, [steep] * 20), drawn(FLAT, [FLAT] * 20))
+    x = np.array([128e3, 130e3, 1e6, 1e7])
+    assert (np.sign(steep(x) - FLAT(x)) == [1, -1, -1, 1]).all()
+    assert (found.verdict, found.ahead) == ("extrapolated", "first")
+    assert found.place.value == pytest.approx(129e3, rel=1e-3)
+
+
 def test_the_same_law_twice_cannot_be_told_apart():
     found = [find_break_even(fit(FLAT, 0.02, seed), fit(FLAT, 0.02, seed + 100)) for seed in range(10)]
     assert sum(each.verdict == "unknown" for each in found) >= 8

@@ -147,5 +147,6 @@ def test_links_lead_somewhere():
         assert file.exists(), link
         if place:
             text = file.read_text(encoding="utf-8")
-            headings = [each.lower().replace(" ", "-") for each in re.findall("^#+ (.*)$", text, re.MULTILINE)]
+            titles = re.findall("^#+ (.*)$", text, re.MULTILINE)
+            headings = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]  # as GitHub does
             assert place in headings or f'<a id="{place}">' in text, link

@@ -103,6 +103,13 @@ def test_commands_push_to_nobodys_repository():
     assert format_command("finetune", argv) == "python -m trainers.finetune --seed 0 --bf16 true"
 
 
+def test_folders_that_are_gone_or_not_there_yet_are_shown_by_their_names():
+    argv = "--output_dir acme/eval --resume_from_checkpoint=acme/run/checkpoint-8 --dataset_title Cats/dogs/us"
+    shown = "--output_dir eval --resume_from_checkpoint=checkpoint-8 --dataset_title Cats/dogs/us"
+    assert format_command("finetune", argv.split()) == f"python -m trainers.finetune {shown}"
+    assert format_command("finetune", ["--resume_from_checkpoint", "true"]).endswith(" --resume_from_checkpoint true")
+
+
 def test_local_folders_are_shown_by_their_names(tmp_path, monkeypatch):
     (tmp_path / "private" / "images").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -117,8 +124,10 @@ def test_local_folders_are_shown_by_their_names(tmp_path, monkeypatch):
         ("/home/me/run=3/images", "images"),
         ("--dataset=/home/me/images", "--dataset=images"),
         ("runs/mine", "runs/mine"),
+        ("clients/acme/names.txt", "names.txt"),  # whether it is there or not: no id on the Hub is so long
         ("../runs/mine", "mine"),
         ("--output_dir=~/mine", "--output_dir=mine"),
+        ("--dataset_title=~5,000 photographs", "--dataset_title=~5,000 photographs"),  # of no user
         ("--rotation=5", "--rotation=5"),
     ],
 )

@@ -10,8 +10,11 @@ import sys
 import urllib.error
 import urllib.request
 import uuid
+from contextlib import closing
 from dataclasses import replace
+from http.client import HTTPConnection
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -64,6 +67,7 @@ from uploads import (  # noqa: E402
     NO_IMAGE,
     NOT_AN_IMAGE,
     NOT_UPLOADED,
+    TOO_DEEP,
     TOO_LARGE,
     TOO_MANY_PIXELS,
 )
@@ -253,6 +257,10 @@ def save_unlisted_format(path):
     picture().save(path, format="TIFF")
 
 
+def save_deep_grey(path):
+    Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64)).save(path, format="png")
+
+
 def save_damaged_orientation(path):
     exif = Image.Exif()
     exif[0x0112], exif[0x0100] = 6, 40
@@ -284,6 +292,7 @@ def save_long_strip(path):
         (save_truncated, NOT_AN_IMAGE),
         (save_unlisted_format, NOT_AN_IMAGE),
         (save_damaged_orientation, NOT_AN_IMAGE),
+        (save_deep_grey, TOO_DEEP),
         (save_pixel_bomb, TOO_MANY_PIXELS),
         (save_pillows_own_pixel_bomb, TOO_MANY_PIXELS),
         (save_long_strip, TOO_MANY_PIXELS),
@@ -364,11 +373,29 @@ def test_function_behind_the_slider_opens_only_uploads(demo, upload_folder, serv
 
 @pytest.mark.parametrize(
     "path",
-    ["process_recording", "file=http://127.0.0.1:9/x", "file=HTTPS://x.org/a.png", "file=http%3A//127.0.0.1:9/x"],
+    [
+        "process_recording",
+        "file=http://127.0.0.1:9/x",
+        "file=HTTPS://x.org/a.png",
+        "file=http%3A//127.0.0.1:9/x",
+        "file/http://127.0.0.1:9/x",
+        "deep_link?session_hash=a",
+    ],
 )
 def test_side_doors_are_closed(demo, path):
     body = b"" if path == "process_recording" else None
     assert request(f"{demo.local_api_url}{path}", body) == (404, "Not found")
+
+
+@pytest.mark.parametrize("length", [("Content-Length", "200000"), ("Transfer-Encoding", "chunked")])
+def test_long_questions_are_refused_unread(demo, length):
+    url = urlsplit(f"{demo.local_api_url}queue/join")
+    connection = HTTPConnection(url.netloc, timeout=60)
+    connection.putrequest("POST", url.path)
+    connection.putheader(*length)
+    connection.endheaders()
+    with closing(connection.getresponse()) as answer:
+        assert (answer.status, answer.read()) == (413, b"Too long")
 
 
 def test_an_image_that_was_deleted_is_asked_for_again(demo, upload_folder):
@@ -581,8 +608,9 @@ def test_the_frame_of_a_processor_that_squeezes_and_cuts():
 
 def test_models_that_cannot_be_compared_are_named(checkpoint, tmp_path):
     first = load_classifier(str(checkpoint))
-    with pytest.raises(UnusableModelError, match="two models are called 'tiny'"):
-        build_demo([first, first])
+    other = replace(first, name="other")
+    with pytest.raises(UnusableModelError, match="2 models are called 'other': rename their folders"):
+        build_demo([first, other, other])
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=5)
     other = save_classifier(transformers.ResNetForImageClassification(config), tmp_path / "resnet")
     with pytest.raises(UnusableModelError, match="'resnet' is no ViT, DeiT, PVT or Swin"):
@@ -614,13 +642,17 @@ def test_a_card_is_shown_with_its_figures(tmp_path):
     picture().save(tmp_path / "secret.png")
     (tmp_path / "model" / "README.md").write_text(
         "---\nlicense: mit\n---\n\n# Mine\n<!-- begin results: generated -->\n![a](figure.png)\n![b](../secret.png)\n"
-        "![c](gone.png)\n"
+        "![c](gone.png)\n![d](linked.png)\n"
     )
+    # As the Hub's cache keeps a file.
+    (tmp_path / "blobs").mkdir()
+    picture().save(tmp_path / "blobs" / "0123", format="png")
+    (tmp_path / "model" / "linked.png").symlink_to("../blobs/0123")
     text = page.read_card(tmp_path / "model")
     assert "license" not in text
     assert "<!--" not in text
     figures = re.findall(r"!\[(\w)\]\(data:image/png;base64,([\w+/=]+)\)", text)
-    assert [name for name, _ in figures] == ["a"]
+    assert [name for name, _ in figures] == ["a", "d"]
     assert base64.b64decode(figures[0][1]) == (tmp_path / "model" / "figure.png").read_bytes()
     assert "secret" not in text
 

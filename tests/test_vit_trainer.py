@@ -14,15 +14,29 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import ONE_STAGE_ARCHITECTURES, PixelImages, random_images, tiny_config, tiny_model
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, set_seed
+from transformers import (
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    set_seed,
+)
 
 from modeling_vit_custom import ViTCustomForImageClassification
 from trainers.arguments import OPTIMIZERS, LossArguments, TrainingArguments
+from trainers.ema import Ema
 from trainers.losses import Criterion
 from trainers.mixing import Mixing
 from trainers.sampling import BalancedOrder
 from trainers.teachers import Teacher
-from trainers.vit_trainer import CheckpointNotReadError, TrainingDivergedError, ViTTrainer, grown_size
+from trainers.vit_trainer import (
+    CheckpointNotReadError,
+    TrainingDivergedError,
+    ViTTrainer,
+    grown_size,
+    list_checkpoints,
+)
 
 
 IMAGES, LABELS = random_images(32), torch.arange(32) % 5
@@ -48,6 +62,31 @@ def make_trainer(folder, model=None, trainer_options=None, **options) -> ViTTrai
 
 def weights(trainer: ViTTrainer) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+def test_running_statistics_are_averaged_with_the_weights(tmp_path):
+    model = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=5))
+    ema, expected = Ema(model, 0.5), {}
+    batch_norms = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.BatchNorm2d)}
+    assert batch_norms
+    for step, decay in enumerate((2 / 11, 3 / 12, 4 / 13, 5 / 14)):
+        model.train()(random_images(8, seed=step))
+        ema.update(model)
+        for name, module in batch_norms.items():
+            for kind, start in (("running_mean", 0.0), ("running_var", 1.0)):
+                before = expected.get(f"{name}.{kind}", torch.tensor(start))
+                expected[f"{name}.{kind}"] = decay * before + (1 - decay) * getattr(module, kind)
+    raw = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with ema.in_place(model):
+        averaged = model.state_dict()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(averaged[name], tensor)
+            assert not torch.equal(tensor, raw[name])
+    ema.save(tmp_path)
+    assert all(torch.equal(tensor, raw[name]) for name, tensor in model.state_dict().items())
+    saved = load_file(tmp_path / "ema.safetensors")
+    assert all(torch.equal(saved[name], averaged) for name, averaged in ema.averages.items())
+    assert expected.keys() <= saved.keys()
 
 
 def test_one_batch_and_accumulated_ones_end_in_the_same_weights(tmp_path):
@@ -123,6 +162,27 @@ def test_the_loss_that_is_logged_is_a_mean_over_images(tmp_path):
     expected = tiny_model(ViTCustomForImageClassification, "vit")(IMAGES, labels=LABELS).loss.item()
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("keeps_best", [False, True])
+def test_only_checkpoints_of_the_run_are_deleted(tmp_path, keeps_best):
+    theirs = [tmp_path / name for name in ("checkpoint-mine", "checkpoint-2-mine", "checkpoint-old.bak")]
+    for folder in theirs:
+        folder.mkdir()
+        (folder / "weights").touch()
+        os.utime(folder, (0, 0))  # older than all that comes
+    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    if keeps_best:
+        options |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "learning_rate": 1e-2}
+        options |= {"metric_for_best_model": "loss", "greater_is_better": True}
+    trainer = make_trainer(tmp_path, **options)
+    trainer.train()
+    assert all((folder / "weights").exists() for folder in theirs)
+    (left,) = list_checkpoints(tmp_path)
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    assert left == (max(losses, key=losses.get) if keeps_best else 4)
+    assert not keeps_best or left < 4
+    assert trainer.args.save_total_limit == 1
 
 
 def test_averaged_weights_are_evaluated_and_published(tmp_path):

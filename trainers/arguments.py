@@ -132,7 +132,7 @@ class DataArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_title: str | None = field(
-        default=None, metadata={"help": "What cards call images that are not on the Hub. Default: their folder's name."}
+        default=None, metadata={"help": "What cards call the data set. Default: its Hub id or its folder's name."}
     )
     image_column: str | None = field(default=None, metadata={"help": "Column of images. Default: the only one."})
     label_column: str | None = field(default=None, metadata={"help": "Column of labels. Default: the only one."})
@@ -150,14 +150,15 @@ class DataArguments:
     train_fraction: float = field(
         default=1.0,
         metadata={
-            "help": "Train on this share of the images of each class; a smaller share is a part of a larger one."
+            "help": "Train on this share of the images, of each class if all have one; a smaller share is a part of a "
+            "larger one."
         },
     )
     train_imbalance: float = field(
         default=1.0,
         metadata={
-            "help": "Train on fewer and fewer images of each class, in their order: of the first this many times as "
-            "many as of the last, and exponentially between."
+            "help": "Train on smaller and smaller shares of the classes, in their order: of the last this many times "
+            "smaller than of the first, exponentially between, but an image of each at least."
         },
     )
     split_seed: int = field(default=0, metadata={"help": "Seed of these choices, apart from the training seed."})
@@ -456,7 +457,11 @@ class ScalingArguments:
         default=0, metadata={"help": "Train for so many steps at least, where epochs of few images would be fewer."}
     )
     max_minutes: float | None = field(
-        default=None, metadata={"help": "Leave out of the grid what is estimated to take longer in all."}
+        default=None,
+        metadata={
+            "help": "Leave out of the grid what is estimated to take longer in all; no call starts a run that would "
+            "end later than this."
+        },
     )
     max_flops: float | None = field(
         default=None, metadata={"help": "The same, by additions and multiplications, e.g. 1e17."}
@@ -580,7 +585,8 @@ def parse_arguments(
         dataclasses,
         prog=program,
         description=description,
-        epilog=f"All other fields of transformers.TrainingArguments work as well.\n\nexamples:\n{examples}",
+        epilog="All other fields of transformers.TrainingArguments work as well, or are refused with the reason.\n\n"
+        f"examples:\n{examples}",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )

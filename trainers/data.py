@@ -24,8 +24,8 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.utils import tqdm
 from torch import Tensor
 from transformers import BaseImageProcessor
-from transformers.image_utils import load_image
 
+from modeling_vit_custom.images import ClippedImageError, to_rgb
 from trainers.arguments import DataArguments
 from trainers.augmentation import Augmentation, Crop
 from trainers.draws import Draws
@@ -69,7 +69,7 @@ def load_splits(arguments: DataArguments, seed: int = 0, needs_labels: bool = Tr
     if not needs_labels:
         splits = _make_class_labels(splits, arguments) if _has_classes(splits) else splits.select_columns(IMAGE)
         splits = _check_images(splits, arguments)
-        return _thin_out(splits if VALIDATION in splits else _hold_out(splits, arguments, needs_labels), arguments)
+        return thin_out(splits if VALIDATION in splits else _hold_out(splits, arguments, needs_labels), arguments)
     splits = _make_class_labels(splits, arguments)
     splits = _drop_unlabelled_test(splits)
     _check_labels(splits, arguments.dataset)
@@ -78,7 +78,7 @@ def load_splits(arguments: DataArguments, seed: int = 0, needs_labels: bool = Tr
         splits = _hold_out(splits, arguments, needs_labels)
     # Once more: images that were left out or held out may have been all of their class.
     _check_labels(splits, arguments.dataset)
-    return _thin_out(splits, arguments)
+    return thin_out(splits, arguments)
 
 
 @dataclass(frozen=True)
@@ -145,10 +145,14 @@ def load_evaluated(
     unlabelled = sum(map(_is_missing, images[LABEL]))
     if unlabelled:
         raise ValueError(f"{unlabelled:,} of {len(images):,} images of split {split!r} of {name!r} have no label")
+    _check_range(images, split, name)
     total = None if arguments.streaming else len(images)
-    if max_images is not None and max_images < len(images):
+    is_drawn = max_images is not None and max_images < len(images)
+    if is_drawn:
         images = images.select(sorted(np.random.default_rng(seed).permutation(len(images))[:max_images].tolist()))
     images = _check_images(DatasetDict({split: images}), arguments)[split]
+    if total is not None and not is_drawn:
+        total = len(images)  # less those that were left out
     if not len(images):
         raise ValueError(f"split {split!r} of {name!r} holds no images: there is nothing to evaluate on")
     return EvaluatedSplit(split, images, total, is_held_out)
@@ -373,15 +377,13 @@ def decode(encoded: dict | None) -> PIL.Image.Image:
     if encoded is None:
         raise ValueError("is missing")
     try:
-        image = Image().decode_example(encoded)
-        converted = load_image(image)
+        return to_rgb(Image().decode_example(encoded))
+    except ClippedImageError:
+        raise
     except Exception as error:  # Pillow's readers fail in many ways
         # An address in memory says nothing, and is another one next time.
         reason = re.sub(r"\s*<_io\.BytesIO object at 0x\w+>", "", str(error))
         raise ValueError(f"cannot be decoded ({' '.join(reason.split())})") from error
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"has mode {image.mode}, which would be clipped: convert it to 8 bits a channel")
-    return converted
 
 
 def processor_transform(processor: BaseImageProcessor) -> Callable:
@@ -753,13 +755,7 @@ def _check_labels(splits: DatasetDict, name: str) -> None:
     for key, split in splits.items():
         if not len(split):
             raise ValueError(f"split {key!r} of {name!r} holds no images")
-        labels = np.array([-1 if label is None else label for label in split[LABEL]])
-        outside = labels[(labels < 0) | (labels >= len(names))]
-        if outside.size:
-            raise ValueError(
-                f"split {key!r} of {name!r} has label {outside[0]}, outside 0..{len(names) - 1} "
-                f"({outside.size} of {len(labels)} images)"
-            )
+        _check_range(split, key, name)
     if len(names) < 2:
         only = f"only the class {names[0]!r}"
         raise ValueError(f"{name!r} has {only} to train on: a classifier needs at least two, one sub-folder for each")
@@ -768,6 +764,18 @@ def _check_labels(splits: DatasetDict, name: str) -> None:
     if empty:
         more = f", and {len(empty) - 1:,} more have none" if len(empty) > 1 else ""
         raise ValueError(f"class {empty[0]!r} of {name!r} has no image in {TRAIN!r}{more}")
+
+
+def _check_range(split: Dataset, key: str, name: str) -> None:
+    """Raises ValueError if a split of a data set has labels that stand for no class."""
+    labels = np.array([-1 if label is None else label for label in split[LABEL][:]])
+    last = split.features[LABEL].num_classes - 1
+    outside = labels[(labels < 0) | (labels > last)]
+    if outside.size:
+        raise ValueError(
+            f"split {key!r} of {name!r} has label {outside[0]}, outside 0..{last} "
+            f"({outside.size} of {len(labels)} images)"
+        )
 
 
 def _hold_out(splits: DatasetDict, arguments: DataArguments, needs_labels: bool) -> DatasetDict:
@@ -798,7 +806,7 @@ def _hold_out(splits: DatasetDict, arguments: DataArguments, needs_labels: bool)
     return DatasetDict({**splits, TRAIN: held_out["train"], VALIDATION: held_out["test"]})
 
 
-def _thin_out(splits: DatasetDict, arguments: DataArguments) -> DatasetDict:
+def thin_out(splits: DatasetDict, arguments: DataArguments) -> DatasetDict:
     """As large a share of the training images as was asked for, of later classes a smaller one (Cui et al., 2019,
     https://arxiv.org/abs/1901.05555, section 5.1), but an image of each at least."""
     if arguments.train_fraction == arguments.train_imbalance == 1:
@@ -806,18 +814,18 @@ def _thin_out(splits: DatasetDict, arguments: DataArguments) -> DatasetDict:
     train = splits[TRAIN]
     if LABEL not in train.features and arguments.train_imbalance > 1:
         raise ValueError(
-            f"--train_imbalance {arguments.train_imbalance} needs classes, and {arguments.dataset!r} has none"
+            f"--train_imbalance {arguments.train_imbalance} needs a class for every image, which {arguments.dataset!r} "
+            "does not tell"
         )
     labels, num_classes = np.zeros(len(train), dtype=int), 1
     if LABEL in train.features:
-        labels = np.array([-1 if _is_missing(each) else each for each in train[LABEL]])
+        labels = np.array(train[LABEL][:])
         num_classes = train.features[LABEL].num_classes
     # Every share takes images from the front of one order, so that a smaller one is a part of a larger one.
     order = np.random.default_rng(arguments.split_seed).permutation(len(labels))
     shares = arguments.train_fraction * arguments.train_imbalance ** -np.linspace(0, 1, num_classes)
     kept, drawn = [], labels[order]
     for label in np.unique(labels):
-        share = shares[label] if label >= 0 else arguments.train_fraction  # of those without a label
         of_class = order[drawn == label]
-        kept += of_class[: max(1, round(share * len(of_class)))].tolist()
+        kept += of_class[: max(1, round(shares[label] * len(of_class)))].tolist()
     return DatasetDict({**splits, TRAIN: train.select(sorted(kept))})

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
 
@@ -17,7 +18,7 @@ FILE = "ema.safetensors"
 
 
 class Ema:
-    """Averages of a model's trainable parameters.
+    """Averages of a model's trainable parameters, and of what its batch norms know of their inputs.
 
     The decay is warmed up, min(decay, (1 + steps) / (10 + steps)), so that short runs forget their random weights.
     """
@@ -27,22 +28,32 @@ class Ema:
         self.averages: dict[str, Tensor] = {
             name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
         }
+        # Averaged weights have other activations than those that the last ones ran over.
+        for name, module in model.named_modules():
+            if isinstance(module, _BatchNorm) and module.track_running_stats:
+                for kind in ("running_mean", "running_var"):
+                    self.averages[f"{name}.{kind}"] = getattr(module, kind).clone()
 
     def distribute(self, model: PreTrainedModel) -> None:
         """Divide the averages among the processes as the parameters are, once these are."""
-        for name, parameter in zip(self.averages, self.parameters(model)):
-            self.averages[name] = divide_like(self.averages[name], parameter.detach())
+        for name, tensor in zip(self.averages, self.tensors(model)):
+            self.averages[name] = divide_like(self.averages[name], tensor.detach())
 
     @torch.no_grad()
     def update(self, model: PreTrainedModel) -> None:
         """Call after every optimizer step."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(list(self.averages.values()), self.parameters(model), 1 - decay)
+        pairs = list(zip(self.averages.values(), self.tensors(model)))
+        # What is divided among the processes, and running statistics, which are not, go through no one call.
+        for is_divided in (False, True):
+            alike = [pair for pair in pairs if isinstance(pair[1], DTensor) is is_divided]
+            if alike:
+                torch._foreach_lerp_(*map(list, zip(*alike)), 1 - decay)
 
     @contextmanager
     def in_place(self, model: PreTrainedModel) -> Iterator[None]:
-        """The averages in place of the model's parameters."""
+        """The averages in place of what they are of."""
         self.swap(model)
         try:
             yield
@@ -51,16 +62,17 @@ class Ema:
 
     @torch.no_grad()
     def swap(self, model: PreTrainedModel) -> None:
-        for parameter, average in zip(self.parameters(model), self.averages.values()):
-            kept = parameter.detach().clone()
-            parameter.copy_(average)
+        for tensor, average in zip(self.tensors(model), self.averages.values()):
+            kept = tensor.detach().clone()
+            tensor.copy_(average)
             average.copy_(kept)
 
-    def parameters(self, model: PreTrainedModel) -> list[Tensor]:
+    def tensors(self, model: PreTrainedModel) -> list[Tensor]:
+        """Of the model, what there are averages of, in their order."""
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # after a forward pass alone, some would be whole
-        named = dict(model.named_parameters())
+        named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         return [named[name] for name in self.averages]
 
     def save(self, folder: str | Path, writes: bool = True) -> None:
@@ -83,9 +95,11 @@ class Ema:
 
 
 def divide_like(tensor: Tensor, model: Tensor) -> Tensor:
-    """The same values, divided among the processes where `model` is."""
-    if not isinstance(model, DTensor) or isinstance(tensor, DTensor):
+    """The same values where `model` is: on its device, or divided among the processes."""
+    if isinstance(tensor, DTensor):
         return tensor
+    if not isinstance(model, DTensor):
+        return tensor.to(model.device)
     return distribute_tensor(tensor, model.device_mesh, model.placements)
 
 

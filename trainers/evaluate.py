@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     start = time.perf_counter()
     try:
-        with quiet(), report_user_errors("evaluate"), noticing_killed_readers():
+        with quiet(), report_user_errors("evaluate"):
             arguments = parse_arguments(argv)
             check(arguments)
             code_commit()  # what runs is what lies there now
@@ -89,8 +89,9 @@ def main(argv: list[str] | None = None) -> None:
             labels = number_labels(split, classifiers[0], arguments)
             share = f", a share of train by --split_seed {arguments.split_seed}; --split all takes all of them"
             print(f"{arguments.model} on {len(labels):,} images ({split.name}{share * split.is_held_out})")
-            facts, logits = evaluate_variants(classifiers, split.images, labels, collect_settings(arguments))
-            facts, pictures = finish(arguments, argv, classifiers[0], split, labels, facts, logits, start)
+            with noticing_killed_readers():
+                facts, logits = evaluate_variants(classifiers, split.images, labels, collect_settings(arguments))
+                facts, pictures = finish(arguments, argv, classifiers[0], split, labels, facts, logits, start)
             write_evaluation(arguments.output_dir, facts, pictures)
     except ReadersKilledError as error:
         raise SystemExit(f"evaluate: error: {error}; nothing was written") from error

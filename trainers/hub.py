@@ -158,10 +158,18 @@ def upload(folder: Path, destination: Destination, message: str) -> CommitInfo:
 
 
 def render_recipe(file: Path) -> str:
-    """A recipe as others may see it: without the folders that lead to local files."""
-    recipe = {
-        name: hide_folder(value) if isinstance(value, str) else value for name, value in read_recipe(file).items()
-    }
+    """A recipe as others may see it: without the folders that lead to local files.
+
+    Args:
+        file: Beside the run's facts, which know what was local where it was trained.
+    """
+    recipe, local = read_recipe(file), {}
+    if (file.parent / RUN).is_file():
+        run = read_run(file.parent)
+        local = {"dataset": run.dataset_folder, "model": run.base_folder, "teacher": run.teacher_folder}
+    for name, value in recipe.items():
+        if isinstance(value, str):
+            recipe[name] = value if name == "dataset_title" else local.get(name) or hide_folder(value)
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
 
 
@@ -395,8 +403,10 @@ def read_recipe(file: Path) -> dict:
 def hide_folder(value: str) -> str:
     """The last part of a local path: the whole may say more of its owner than of what lies there."""
     path = Path(value)
-    is_local = path.is_absolute() or value.startswith(("~", "..")) or (len(path.parts) > 1 and path.exists())
-    return Path(os.path.abspath(path.expanduser())).name if is_local else value
+    # An id on the Hub has one slash.
+    is_deep = len(path.parts) > 2 or (len(path.parts) > 1 and path.exists())
+    is_local = path.is_absolute() or value.startswith(("~", "..")) or is_deep
+    return Path(os.path.abspath(os.path.expanduser(value))).name if is_local else value
 
 
 def check_repo_id(name: str) -> None:

@@ -117,8 +117,9 @@ def show_learnt(model: ViTCustomPreTrainedModel, pixels: Tensor) -> tuple[dict[s
 def write_examples(folder: Path, split: Dataset | IterableDataset, count: int) -> dict[str, str]:
     """Held-out images for the page on the Hub, in place of older ones: names in the folder, with their classes."""
     names, files = split.features[LABEL].names, {}
-    for older in (folder / "examples").glob("[0-9]*.png"):
-        older.unlink()
+    for older in (folder / "examples").glob("*.png"):
+        if older.stem.isdecimal():
+            older.unlink()
     for number, (image, label) in enumerate(sample_images(split, count) if count else [], start=1):
         (folder / "examples").mkdir(exist_ok=True)
         image.thumbnail((MAX_EXAMPLE_SIDE, MAX_EXAMPLE_SIDE))

@@ -107,6 +107,8 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
     radius = max(1, math.ceil(3 * float(sigma.max())))
     offsets = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
     kernel = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-3)[:, None]) ** 2)
+    # As far as it would reach alone, whatever is beside it.
+    kernel = kernel * (offsets.abs() <= (3 * sigma).ceil().clamp(min=1)[:, None])
     kernel = kernel / kernel.sum(dim=1, keepdim=True)
     batch_size, channels, height, width = images.shape
     # Each image and channel is a group, so that each image has its own kernel.

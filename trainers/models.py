@@ -258,7 +258,7 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> "peft.PeftModel
     try:
         import peft
     except ImportError as error:
-        raise ValueError("--lora_rank needs the peft library: pip install peft") from error
+        raise ValueError("--lora_rank needs the peft library: pip install 'peft>=0.18'") from error
     if rank < 1:
         raise ValueError(f"lora_rank={rank} must be at least 1, or 0 for none")
     head = {name.rpartition(".")[0] for name in name_head(model)}

@@ -88,6 +88,7 @@ def fit_power_law(
     num_evaluated: float = math.inf,
     resamples: int = 1000,
     seed: int = 0,
+    chosen_from: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Fit:
     """The law that is nearest to measured errors, each in relation to what is expected there.
 
@@ -98,6 +99,8 @@ def fit_power_law(
         num_evaluated: Images that each error is a share of: of few errors fewer are known.
         resamples: Bootstrap draws.
         seed: Of these.
+        chosen_from: Quantities and errors of all points, if these were chosen by their errors: whether errors fall at
+            all is tested on them.
 
     Raises:
         ValueError: if the points make no sense.
@@ -130,7 +133,9 @@ def fit_power_law(
     # Of few residuals their size is hardly known: as in Student's t, each draw has one of its own.
     drawn *= np.sqrt(freedom / generator.chisquare(freedom, (resamples, 1)))
     laws = [_rescale(law, middles) for law in (scaled, *_search(units, expected + spreads * drawn, spreads))]
-    fit = Fit(laws[0], tuple(laws[1:]), _test_order(x / middles, errors, generator), None, low, high)
+    x, errors = (x, errors) if chosen_from is None else map(np.asarray, chosen_from)
+    p_value = _test_order(x.reshape(len(errors), -1) / middles, errors, generator)
+    fit = Fit(laws[0], tuple(laws[1:]), p_value, None, low, high)
     return replace(fit, problem=_find_problem(fit, names))
 
 
@@ -272,7 +277,7 @@ def find_break_even(first: Fit, second: Fit, names: tuple[str, str] = ("the firs
         if crosses[0] and crosses[1:].mean() >= COVERAGE:
             # One that does not cross breaks even below or above.
             edges = np.where(is_ahead, low, high)
-            places = [_find_crossing(x, gap) if each else edge for gap, each, edge in zip(gaps, crosses, edges)]
+            places = [_find_crossings(x, gap)[-1] if each else edge for gap, each, edge in zip(gaps, crosses, edges)]
             return BreakEven("crossing", _to_interval(places), (low, high), name)
     for is_ahead, name, other in (
         ((gaps > 0).all(axis=1), "second", "first"),
@@ -281,19 +286,19 @@ def find_break_even(first: Fit, second: Fit, names: tuple[str, str] = ("the firs
         if not is_ahead[0] or is_ahead[1:].mean() < COVERAGE:
             continue
         beyond = np.geomspace(high, high * FURTHEST, PLACES)
-        further = [_find_crossing(beyond, one(beyond) - two(beyond)) for one, two in pairs]
-        if further[0] is not None and np.mean([each is not None for each in further[1:]]) >= COVERAGE:
-            places = [beyond[-1] if place is None else place for place in further]
+        # The first one: there may be another, from which on this one is ahead again.
+        further = [_find_crossings(beyond, one(beyond) - two(beyond))[:1] for one, two in pairs]
+        is_before = np.sign(gaps[:, -1]) != np.sign(gaps[0, -1])  # of a draw that breaks even below already
+        crosses = is_before | np.array([len(each) > 0 for each in further])
+        if crosses[0] and crosses[1:].mean() >= COVERAGE:
+            places = [high if before else (*each, beyond[-1])[0] for before, each in zip(is_before, further)]
             return BreakEven("extrapolated", _to_interval(places), (high, float(beyond[-1])), other)
         return BreakEven(name, ahead=name)
     return BreakEven("unknown", reason="draws of their laws disagree on who is ahead where")
 
 
-def _find_crossing(x: np.ndarray, gap: np.ndarray) -> float | None:
-    """Where a gap changes its sign for the last time, between two places by the logarithm of x."""
-    changes = np.flatnonzero(np.diff(np.sign(gap)) != 0)
-    if not len(changes):
-        return None
-    before, after = changes[-1], changes[-1] + 1
-    share = gap[before] / (gap[before] - gap[after])
-    return float(np.exp(np.log(x[before]) + share * (np.log(x[after]) - np.log(x[before]))))
+def _find_crossings(x: np.ndarray, gap: np.ndarray) -> list[float]:
+    """Where a gap changes its sign, between two places by the logarithm of x."""
+    before = np.flatnonzero(np.diff(np.sign(gap)) != 0)
+    share = gap[before] / (gap[before] - gap[before + 1])
+    return np.exp(np.log(x[before]) + share * np.log(x[before + 1] / x[before])).tolist()

@@ -29,6 +29,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset
 
 from modeling_vit_custom.command_line import Parser, positive, report_user_errors
+from modeling_vit_custom.interpretability import to_probabilities
 from trainers.data import (
     as_it_comes,
     decode,
@@ -226,7 +227,7 @@ class Prediction:
             logits = self.classifier(batch["pixels"])
             features = self.features.take() if self.features else None
             is_finite = logits.isfinite().all(dim=1)
-            probabilities, classes = to_probabilities(logits, self.classifier).topk(self.top_k)
+            probabilities, classes = to_probabilities(logits, self.classifier.model.config).topk(self.top_k)
             label_names = self.classifier.label_names
             found["labels"] = [[label_names[index] for index in row] for row in classes.tolist()]
             found["probabilities"] = list(probabilities.cpu().numpy())
@@ -467,14 +468,6 @@ def check_classifier(classifier: Classifier, batch_size: int) -> None:
             "pass --batch_size 1"
         )
     classifier(wide)
-
-
-def to_probabilities(logits: Tensor, classifier: Classifier) -> Tensor:
-    """(B, L) -> (B, L): of each class by itself where an image may have several, as the library's pipeline does."""
-    config = classifier.model.config
-    if config.problem_type == "multi_label_classification" or config.num_labels == 1:
-        return logits.sigmoid()
-    return logits.softmax(dim=1)
 
 
 def digest_model(classifier: Classifier) -> str:

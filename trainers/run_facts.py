@@ -11,10 +11,9 @@ from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, 
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 from transformers.trainer_callback import ExportableState
 
-from model_cards.citations import PAPERS
+from model_cards.citations import PAPERS, REBALANCING
 from model_cards.environment import EnergyMeter, code_commit, describe_hardware, library_versions, peak_memory
 from model_cards.metadata import is_repo_id
-from model_cards.rendering import REBALANCING
 from modeling_vit_custom import ViTCustomConfig
 from trainers.arguments import ModelArguments, TrainingCommand
 from trainers.data import BUILT_IN_TITLES, TRAIN, Splits
@@ -211,16 +210,18 @@ def format_command(program: str, argv: Sequence[str], num_processes: int = 1) ->
         on_each_node = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
         nodes = f"--nnodes {num_processes // on_each_node} " if num_processes > on_each_node else ""
         launcher = f"torchrun {nodes}--nproc_per_node {on_each_node}"
-    published, is_of_push = [], False
+    published, name = [], ""
     for argument in argv:
         if argument.startswith("--"):
-            is_of_push = argument.replace("-", "_").startswith(("__push_to_hub", "__hub_"))
-        if not is_of_push:
-            published.append(hide_folders(argument))
+            name = argument[2:].partition("=")[0].replace("-", "_")
+        if name == "dataset_title":
+            published.append(argument)
+        elif not name.startswith(("push_to_hub", "hub_")):
+            published.append(hide_folders(argument, name in ("output_dir", "resume_from_checkpoint")))
     return f"{launcher} -m trainers.{program} {shlex.join(published)}"
 
 
-def hide_folders(argument: str) -> str:
-    """An argument with no more than the last part of a local path."""
+def hide_folders(argument: str, is_folder: bool = False) -> str:
+    """An argument with no more than the last part of a local path, which it is for sure if `is_folder`."""
     flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-    return f"{flag}{equals}{hide_folder(value)}"
+    return f"{flag}{equals}{Path(value).resolve().name if is_folder and value else hide_folder(value)}"

@@ -15,7 +15,7 @@ from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from model_cards.environment import code_commit, describe_hardware
 from model_cards.facts import RUN
-from model_cards.rendering import CARD
+from model_cards.rendering import CARD, FIGURES
 from modeling_vit_custom.command_line import report_user_errors
 from trainers import ema
 from trainers.arguments import (
@@ -49,6 +49,7 @@ from trainers.vit_trainer import (
     Contents,
     TrainingDivergedError,
     ViTTrainer,
+    list_checkpoints,
     read_state,
 )
 
@@ -82,6 +83,8 @@ def check_output_dir(command: TrainingCommand) -> None:
             raise ValueError(f"output_dir {str(folder)!r} holds no checkpoint to resume from")
     elif args.resume_from_checkpoint is None and not args.overwrite:
         args.resume_from_checkpoint = find_unfinished(folder, command)
+    elif args.resume_from_checkpoint is not None:
+        check_room(folder, Path(args.resume_from_checkpoint))
     chosen = gather_object([args.resume_from_checkpoint])
     if len(set(chosen)) > 1:
         different = " and ".join(repr(each) for each in dict.fromkeys(chosen))
@@ -89,6 +92,16 @@ def check_output_dir(command: TrainingCommand) -> None:
     if args.resume_from_checkpoint is not None:
         check_checkpoint(args)
         keep_images_per_step(command)
+
+
+def check_room(folder: Path, checkpoint: Path) -> None:
+    """Raises ValueError if a folder that a run goes on in is not the checkpoint's own and holds another one."""
+    is_taken = any((folder / name).exists() for name in (RUN, CARD, "config.json")) or list_checkpoints(folder)
+    if is_taken and checkpoint.resolve().parent != folder.resolve():
+        raise ValueError(
+            f"output_dir {str(folder)!r} already holds another run than {str(checkpoint)!r} is of: give another one, "
+            "or pass --resume_from_checkpoint true to go on with the one that is there"
+        )
 
 
 def find_unfinished(folder: Path, command: TrainingCommand) -> str | None:
@@ -103,9 +116,10 @@ def find_unfinished(folder: Path, command: TrainingCommand) -> str | None:
     is_other_model = (folder / "config.json").exists() and asked != begun
     if (folder / RUN).exists() or (checkpoint is None and is_other_model):
         raise ValueError(f"{there} already holds a model: pass --overwrite true or another one")
-    if begun is None and (folder / CARD).exists():
+    others = [] if begun is not None else [name for name in (CARD, *FIGURES) if (folder / name).exists()]
+    if others:
         raise ValueError(
-            f"{there} holds a {CARD}, in whose place the model's card would come: pass --overwrite true or another one"
+            f"{there} holds a {others[0]}, in whose place the model's would come: pass --overwrite true or another one"
         )
     if checkpoint is None:
         return None
@@ -401,12 +415,6 @@ def push(trainer: ViTTrainer, program: str) -> None:
         raise SystemExit(
             f"{program}: error: trained, but not published: {error}; {args.output_dir} is complete: go on by `{again}`"
         ) from error
-
-
-def list_checkpoints(folder: Path) -> dict[int, Path]:
-    """Folders of checkpoints by their step, whole or not."""
-    names = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*"))
-    return {int(match[1]): path for match, path in names if match and path.is_dir()}
 
 
 def last_checkpoint(folder: str | Path) -> str | None:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from model_cards.environment import describe_hardware
 from model_cards.facts import RUN, TrainingRun, list_origins, read_run
-from model_cards.scaling import REPORT, write_study
+from model_cards.scaling import FACTS, FILES, REPORT, write_study
 from modeling_vit_custom import preset_config
 from modeling_vit_custom.command_line import report_user_errors
 from trainers.arguments import (
@@ -50,7 +50,7 @@ from trainers.arguments import (
 )
 from trainers.classification import check_given
 from trainers.cnns import cnn_config, list_cnns
-from trainers.data import TRAIN, label_names, load_splits
+from trainers.data import TRAIN, label_names, load_splits, thin_out
 from trainers.hub import RECIPE
 from trainers.models import is_preset, list_named, make_model, open_processor, parse_overrides, read_processor
 from trainers.pace import STEP_COST, count_flops, describe_seconds
@@ -72,6 +72,7 @@ REFUSED = {
     "overwrite": False,
     "resume_from_checkpoint": None,
     "load_best_model_at_end": False,
+    "eval_strategy": "no",
 }
 # Of every cell, unless something else was asked for.
 DEFAULTS = {"card_images": 0, "eval_strategy": "no", "save_strategy": "steps", "save_steps": 0.25}
@@ -124,7 +125,6 @@ class Cell:
         size: What is trained.
         fraction: Share of the training images.
         seed: Of everything that is drawn.
-        images: About how many they are.
         steps: Steps of training.
         is_prolonged: Whether these are more than its epochs have.
         sights: Images of all these steps.
@@ -134,7 +134,6 @@ class Cell:
     size: Size
     fraction: float
     seed: int
-    images: int
     steps: int
     is_prolonged: bool
     sights: int
@@ -163,6 +162,9 @@ def main(argv: list[str] | None = None) -> None:
         command = read_command(argv)
         grid, folder = command.grid, Path(command.training.output_dir)
         check_writable(folder, "output_dir")
+        others = [name for name in FILES if (folder / name).exists() and not (folder / FACTS).exists()]
+        if others:
+            raise ValueError(f"output_dir {str(folder)!r} holds a {others[0]!r} of something else: give another")
         cells = plan(command, folder)
         done = {cell.name for cell in cells if is_done(folder, cell, command)}
         chosen = choose(cells, done, grid.max_minutes, grid.max_flops, command.num_devices)
@@ -207,7 +209,7 @@ def read_command(argv: Sequence[str]) -> Command:
     for name in OWN_FIELDS:
         if name in given:
             raise ValueError(f"--{name} is what the grid varies: leave it out")
-    asked = vars(training) | vars(data) | vars(loss)
+    asked = vars(training) | vars(data) | vars(loss) | DEFAULTS | given
     for name, usual in REFUSED.items():
         if asked[name] != usual:
             raise ValueError(f"--{name} {asked[name]} does not go with a grid: leave it out")
@@ -222,18 +224,26 @@ def plan(command: Command, folder: Path) -> list[Cell]:
     """All cells of the grid with what they would cost: those of the first seed first, the cheapest before the others.
 
     Raises:
-        ValueError: for a model that there is not, or a share of too few images.
+        ValueError: for a model that there is not, or a share of too few images or of as many as another one.
     """
     grid, training = command.grid, command.training
-    splits = load_splits(command.data, training.seed)
+    splits = load_splits(replace(command.data, train_imbalance=1.0), training.seed)
     evaluated = sum(len(split) for name, split in splits.items() if name != TRAIN)
-    batch, counts = training.images_per_step, {each: round(each * len(splits[TRAIN])) for each in grid.fractions}
-    for fraction, images in counts.items():
+    batch, counts = training.images_per_step, {}
+    for fraction in grid.fractions:
+        images = len(thin_out(splits, replace(command.data, train_fraction=fraction))[TRAIN])
         if images < batch:
             raise ValueError(
                 f"--fractions {fraction:g} leaves {images} images, less than the {batch} of a step: choose a larger "
                 "share or a smaller --per_device_train_batch_size"
             )
+        same = [other for other, count in counts.items() if count == images]
+        if same:
+            raise ValueError(
+                f"--fractions {same[0]:g} and {fraction:g} leave the same {images} images, as each class keeps whole "
+                "ones: leave one out"
+            )
+        counts[fraction] = images
     sizes = measure_sizes(command, label_names(splits), folder)
     cells = []
     for seed, size, (fraction, images) in itertools.product(grid.seeds, sizes, counts.items()):
@@ -241,7 +251,7 @@ def plan(command: Command, folder: Path) -> list[Cell]:
         steps = math.ceil(training.num_train_epochs * steps_of_epoch)
         is_prolonged, steps = steps < grid.min_steps, max(steps, grid.min_steps)
         sights = round(steps * images / steps_of_epoch)  # the last step of an epoch has fewer
-        cells.append(Cell(size, fraction, seed, images, steps, is_prolonged, sights, evaluated))
+        cells.append(Cell(size, fraction, seed, steps, is_prolonged, sights, evaluated))
     return sorted(cells, key=lambda cell: (grid.seeds.index(cell.seed), cell.compute))
 
 
@@ -358,16 +368,17 @@ def choose(
 ) -> list[Cell]:
     """The cells that fit into a budget, in their order; one that does not fit leaves room for cheaper ones.
 
-    Those that are done, by their names, are a part of the budget, but there whatever it is.
+    Those that are done, by their names, have taken their part of the budget, and are there whatever it is.
 
     Raises:
         ValueError: if there is none.
     """
-    chosen, seconds, flops = [], 0.0, 0.0
-    for cell in cells:
+    chosen = [cell for cell in cells if cell.name in done]
+    seconds = sum(cell.seconds for cell in chosen) / num_devices
+    flops = sum(cell.compute for cell in chosen)
+    for cell in (cell for cell in cells if cell.name not in done):
         later = (seconds + cell.seconds / num_devices, flops + cell.compute)
-        fits = later[0] <= 60 * (max_minutes or math.inf) and later[1] <= (max_flops or math.inf)
-        if fits or cell.name in done:
+        if later[0] <= 60 * (max_minutes or math.inf) and later[1] <= (max_flops or math.inf):
             chosen.append(cell)
             seconds, flops = later
     if not chosen:
@@ -376,7 +387,7 @@ def choose(
             f"the budget allows none of {len(cells)} runs: the cheapest takes about "
             f"{describe_seconds(cheapest.seconds)} and {cheapest.compute:.2g} FLOPs"
         )
-    return chosen
+    return sorted(chosen, key=cells.index)
 
 
 def describe_plan(cells: Sequence[Cell], chosen: Sequence[Cell], done: Collection[str], num_devices: int) -> str:
@@ -423,11 +434,12 @@ def is_done(folder: Path, cell: Cell, command: Command) -> bool:
     """Whether a cell was trained to its end.
 
     Raises:
-        ValueError: if it was trained otherwise than it would be now.
+        ValueError: if it was trained otherwise than it would be now, or what it left is broken.
     """
     path = folder / CELLS / cell.name
     if not (path / RUN).exists():
         return False
+    read_run(path)
     groups = [*COMMON_GROUPS, TrainingArguments]
     asked = plain_recipe(parse_arguments(groups, cell_argv(cell, folder, command), PROGRAM, __doc__, EXAMPLES)[-1])
     trained = read_recipe(str(path / RECIPE))
@@ -476,15 +488,29 @@ def run(cells: Sequence[Cell], folder: Path, command: Command) -> list[str]:
         print("\nscaling: interrupted: the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
-        # Each saves a checkpoint, from which it goes on.
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
-        signal.signal(signal.SIGTERM, previous)
+        try:
+            end(running)
+        finally:
+            signal.signal(signal.SIGTERM, previous)
     if late:
         print(f"No time was left for {len(late)} runs: the same command goes on with them")
     return failed
+
+
+def end(processes: Collection[subprocess.Popen]) -> None:
+    """Ends runs, each of which saves a checkpoint first, from which it goes on.
+
+    Raises:
+        SystemExit: at Ctrl-C, if it does not wait for them any longer.
+    """
+    for process in processes:
+        process.terminate()
+    try:
+        for process in processes:
+            process.wait()
+    except KeyboardInterrupt:
+        print("\nscaling: not waited for: what was trained saves its checkpoint and ends", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def read_end(file: Path, process: subprocess.Popen) -> str:
@@ -539,7 +565,7 @@ def describe_study(finished: Sequence[Cell], num_chosen: int, folder: Path, comm
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "origin": list_origins(runs),
         "jobs": grid.jobs,
-        "dataset": first.dataset or first.dataset_title or first.dataset_folder,
+        "dataset": first.dataset_title or first.dataset or first.dataset_folder,
         "evaluation_split": first.evaluation_split,
         "held_out": first.evaluation_origin == TRAIN,
         "num_evaluated": evaluated,

@@ -60,11 +60,20 @@ def analyse(results: Sequence[Result], num_evaluated: int, resamples: int = 1000
 
     count = itertools.count()
 
-    def fit(cells: Sequence[Result], **quantities: Callable[[Result], float]) -> Fit:
-        x = np.array([[quantity(cell) for quantity in quantities.values()] for cell in cells])
-        errors = np.array([max(1 - cell.accuracy, 0.5 / num_evaluated) for cell in cells])
+    def fit(
+        cells: Sequence[Result],
+        chosen_from: Sequence[Result] | None = None,
+        **quantities: Callable[[Result], float],
+    ) -> Fit:
+        def list_points(cells: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:
+            x = np.array([[quantity(cell) for quantity in quantities.values()] for cell in cells])
+            return x, np.array([max(1 - cell.accuracy, 0.5 / num_evaluated) for cell in cells])
+
+        of_all = None if chosen_from is None else list_points(chosen_from)
         # Draws of two laws are independent of each other.
-        return fit_power_law(x, errors, list(quantities), num_evaluated, resamples, seed=next(count))
+        return fit_power_law(
+            *list_points(cells), list(quantities), num_evaluated, resamples, seed=next(count), chosen_from=of_all
+        )
 
     laws, of_data = [], {}
     families = group(results, lambda cell: cell.family)
@@ -76,7 +85,8 @@ def analyse(results: Sequence[Result], num_evaluated: int, resamples: int = 1000
         if whole:
             laws.append(_describe(fit(whole, parameters=lambda cell: cell.parameters), "parameters", family, whole))
         frontier = find_frontier(cells)
-        laws.append(_describe(fit(frontier, compute=lambda cell: cell.compute), "compute", family, frontier))
+        of_compute = fit(frontier, chosen_from=cells, compute=lambda cell: cell.compute)
+        laws.append(_describe(of_compute, "compute", family, frontier))
         joint = fit(cells, parameters=lambda cell: cell.parameters, images=lambda cell: cell.images)
         laws.append(_describe(joint, "parameters and images", family, cells))
     known = {key for key, law in of_data.items() if law.problem is None}

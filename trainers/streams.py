@@ -55,10 +55,11 @@ class StreamBatches:
             ValueError: if nothing was kept there.
         """
         try:
-            file = next(path for rank in (self.rank, 0) if (path := Path(folder, FILE.format(rank))).exists())
-        except StopIteration:
+            saved = json.loads(Path(folder, FILE.format(0)).read_text(encoding="utf-8"))
+            if saved["world"] == self.world:
+                saved = json.loads(Path(folder, FILE.format(self.rank)).read_text(encoding="utf-8"))
+        except FileNotFoundError:
             raise ValueError(f"{str(folder)!r} does not say where its stream goes on") from None
-        saved = json.loads(file.read_text(encoding="utf-8"))
         if saved["world"] != self.world and self.rank == 0:
             print(
                 f"The stream was read by {saved['world']} processes and is by {self.world} now: it goes on at about "

@@ -8,7 +8,7 @@ import copy
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -330,7 +330,8 @@ class ViTTrainer(Trainer):
         self._finish_current_push()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         commit = _push(Path(self.args.output_dir), self.destination, commit_message)
-        shutil.rmtree(Path(self.args.output_dir) / PROVISIONAL, ignore_errors=True)
+        if self.args.hub_strategy != HubStrategy.END:
+            shutil.rmtree(Path(self.args.output_dir) / PROVISIONAL, ignore_errors=True)
         return commit
 
     def published_model(self) -> PreTrainedModel:
@@ -347,7 +348,12 @@ class ViTTrainer(Trainer):
             CheckpointNotWrittenError: if a checkpoint could not be written.
             CheckpointNotReadError: if the one to resume from is of another model or optimizer.
         """
-        output = super().train(*args, **kwargs)
+        # The Trainer would take every folder checkpoint-* for one of its own, and delete what is the oldest.
+        self.max_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            output = super().train(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = self.max_checkpoints
         self.check_weights()
         return output
 
@@ -368,6 +374,9 @@ class ViTTrainer(Trainer):
                 if self.ema is not None:
                     self.ema.save(folder, self.args.should_save)
                 super()._save_checkpoint(model, trial)
+                if self.args.should_save and self.max_checkpoints:
+                    best = self.state.best_model_checkpoint
+                    self._delete_checkpoints(folder.parent, [folder, *([Path(best)] if best else [])])
         except (OSError, RuntimeError, SafetensorError) as error:
             # PyTorch says in this way that it could not write; all other such errors are something else.
             if isinstance(error, RuntimeError) and not re.search("inline_container|PytorchStreamWriter", str(error)):
@@ -378,6 +387,13 @@ class ViTTrainer(Trainer):
             raise CheckpointNotWrittenError(
                 f"{folder} could not be written, with {free / 1e9:.1f} GB left on the disk ({reason})"
             ) from error
+
+    def _delete_checkpoints(self, run_folder: Path, spared: Sequence[Path]) -> None:
+        """The oldest ones of this run, as many as are too many, but none of those to spare."""
+        checkpoints, spared = list_checkpoints(run_folder), {path.name for path in spared}
+        others = [checkpoints[step] for step in sorted(checkpoints) if checkpoints[step].name not in spared]
+        for checkpoint in others[: max(0, len(checkpoints) - max(self.max_checkpoints, len(spared)))]:
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -404,7 +420,10 @@ class ViTTrainer(Trainer):
         )
 
     def _load_best_model(self) -> None:
-        self._load_weights(self.state.best_model_checkpoint, super()._load_best_model)
+        best = Path(self.state.best_model_checkpoint)
+        self._load_weights(str(best), super()._load_best_model)
+        if self.args.should_save and self.max_checkpoints == 1:
+            self._delete_checkpoints(best.parent, [best])
 
     def _load_weights(self, checkpoint: str, load: Callable[[], None]) -> None:
         """By the model's own way, since the files may have older names than the weights; else as the Trainer does."""
@@ -446,6 +465,12 @@ class ViTTrainer(Trainer):
 
 def read_state(checkpoint: Path) -> TrainerState:
     return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
+
+def list_checkpoints(folder: Path) -> dict[int, Path]:
+    """Folders of checkpoints by their step, whole or not."""
+    names = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*"))
+    return {int(match[1]): path for match, path in names if match and path.is_dir()}
 
 
 def _push(folder: Path, destination: hub.Destination, message: str) -> CommitInfo:

@@ -46,10 +46,10 @@ PROGRAM = "python -m modeling_vit_custom.convert"
 EXAMPLES = f"""\
 examples:
   # a file as its authors published it
-  {PROGRAM} swin_tiny_patch4_window7_224.pth runs/swin
+  {PROGRAM} swin_tiny_patch4_window7_224.pth runs/swin_converted
 
   # a model on the Hub, as timm or transformers put it there
-  {PROGRAM} timm/deit3_small_patch16_224.fb_in1k runs/deit3
+  {PROGRAM} timm/deit3_small_patch16_224.fb_in1k runs/deit3_converted
 
   # for images of 384 pixels: positions are interpolated, windows grow along
   {PROGRAM} google/vit-base-patch16-224 runs/vit_384 --image_size 384

@@ -116,6 +116,7 @@ def timm_architecture(model: ViTCustomPreTrainedModel) -> tuple[str, dict]:
         windows = {stage.window_size for stage in stages}
         if len(windows) > 1:
             raise ValueError(f"window_size={config.window_size} must be one for all stages in timm")
+        _compare_epsilon(config.patch_norm_eps, 1e-5, "timm")
         _warn_of_padding(config, "timm")
         swin = {
             "depths": [stage.depth for stage in stages],
@@ -163,7 +164,10 @@ def to_transformers(model: ViTCustomPreTrainedModel, copy: bool = True) -> PreTr
         ViTCustomModel: "Model",
     }
     prefixes = {"vit": "ViT", "vit_mae": "ViTMAE", "deit": "DeiT", "pvt": "Pvt", "swin": "Swin"}
-    their_class = getattr(transformers, prefixes[kind] + names[type(model)])
+    their_name = prefixes[kind] + names[type(model)]
+    their_class = getattr(transformers, their_name, None)
+    if their_class is None:
+        raise ValueError(f"transformers has no {their_name}")
     with torch.device("meta"):
         expected = their_class(their_config).state_dict()
     tensors = rename(model, layout, {"register_tokens": "distillation_token"} if has_spare_token else {})
@@ -219,7 +223,9 @@ def transformers_config(model: ViTCustomPreTrainedModel) -> tuple[str, dict]:
     if first.window_size:
         if {stage.window_size for stage in stages} != {first.window_size}:
             raise ValueError(f"window_size={config.window_size} must be one for all stages in transformers")
+        _compare_epsilon(config.patch_norm_eps, 1e-5, "transformers")
         _warn_of_padding(config, "transformers")
+        _warn_of_shifts(config)
         return "swin", shared | {
             "patch_size": first.patch_size,
             "embed_dim": first.hidden_size,
@@ -231,6 +237,8 @@ def transformers_config(model: ViTCustomPreTrainedModel) -> tuple[str, dict]:
             "use_absolute_embeddings": first.position_embedding_type != "none",
             "encoder_stride": first.patch_size * 2 ** (len(stages) - 1),
         }
+    if config.pooling != "cls" and isinstance(model, ViTCustomForImageClassification):
+        raise ValueError("pooling='mean' has no counterpart in transformers' ViT and PVT, which read their class token")
     if len(stages) > 1 or first.sr_ratio > 1:
         for epsilon in (config.patch_norm_eps, config.sr_norm_eps):
             _compare_epsilon(epsilon, config.layer_norm_eps, "transformers")
@@ -246,8 +254,6 @@ def transformers_config(model: ViTCustomPreTrainedModel) -> tuple[str, dict]:
             "sequence_reduction_ratios": [stage.sr_ratio for stage in stages],
             "drop_path_rate": config.drop_path_rate,
         }
-    if config.pooling != "cls" and isinstance(model, ViTCustomForImageClassification):
-        raise ValueError("pooling='mean' has no counterpart in transformers' ViT, which classifies by its class token")
     fields = shared | {
         "patch_size": first.patch_size,
         "hidden_size": first.hidden_size,
@@ -278,9 +284,21 @@ def _warn_of_padding(config: ViTCustomConfig, library: str) -> None:
         )
 
 
+def _warn_of_shifts(config: ViTCustomConfig) -> None:
+    """transformers shifts no windows where the shorter side of the grid is a single one."""
+    shapes = [(sorted(stage.grid_size), stage.window_size) for stage in config.stages if stage.depth > 1]
+    if any(shorter <= window < longer for (shorter, longer), window in shapes):
+        warnings.warn(
+            f"a grid of {config.native_size[0]} x {config.native_size[1]} pixels is one window high or wide: "
+            "transformers does not shift its windows, which are shifted along the longer side here, and outputs differ",
+            stacklevel=4,
+        )
+
+
 def _has_spare_token(config: ViTCustomConfig) -> bool:
     """Whether it is a DeiT whose distillation token has no head: a register to us, and a model of its own there."""
-    return config.is_plain and config.use_class_token and config.num_register_tokens == 1
+    has_one = config.use_class_token and config.num_register_tokens == 1
+    return config.is_plain and has_one and not config.use_distillation_token
 
 
 def to_npz(model: ViTCustomPreTrainedModel) -> dict[str, np.ndarray]:

@@ -114,17 +114,9 @@ def to_onnx(model: ViTCustomPreTrainedModel) -> "ONNXProgram":
         raise ValueError("runtimes of ONNX compute no bfloat16 on CPUs: make it float32 or float16 (--dtype) first")
     try:
         import onnx  # noqa: F401
-        from onnxscript import opset18
+        import onnxscript  # noqa: F401
     except ImportError as error:
         raise ValueError("ONNX needs more libraries: pip install onnx onnxruntime onnxscript") from error
-
-    def roll(image, shifts, dims):
-        """`torch.roll` by shifts that are known at run time only, which torch's own translation does not take."""
-        for shift, dim in zip(shifts, dims):
-            side = opset18.Squeeze(opset18.Shape(image, start=dim, end=dim + 1))
-            source = opset18.Mod(opset18.Sub(opset18.Range(0, side, 1), shift), side)
-            image = opset18.Gather(image, source, axis=dim)
-        return image
 
     names = Graph(model).names
     with warnings.catch_warnings():
@@ -135,6 +127,5 @@ def to_onnx(model: ViTCustomPreTrainedModel) -> "ONNXProgram":
             input_names=["pixel_values"],
             output_names=names,
             opset_version=OPSET,
-            custom_translation_table={torch.ops.aten.roll.default: roll},
             verbose=False,
         )

@@ -14,6 +14,7 @@ from .attention import (
     gradient_attention,
     gradient_rollout,
     to_pixels,
+    to_probabilities,
 )
 from .evidence import PatchScores, explain, grad_cam, leaves_map, score_map
 from .features import feature_colors, image_features, nearest_images, predict_at_sizes
@@ -41,4 +42,5 @@ __all__ = [
     "principal_filters",
     "score_map",
     "to_pixels",
+    "to_probabilities",
 ]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
@@ -27,6 +27,7 @@ from transformers.utils import logging
 from modeling_vit_custom import ViTCustomForImageClassification
 from modeling_vit_custom.command_line import Parser, positive, report_user_errors
 from modeling_vit_custom.convert import from_transformers
+from modeling_vit_custom.images import ClippedImageError, to_rgb
 from modeling_vit_custom.interpretability import (
     attention_distance,
     explain,
@@ -137,7 +138,9 @@ def read_image(file: Path) -> Image.Image:
     """Raises ValueError if it cannot be read."""
     try:
         with Image.open(file) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return to_rgb(image)
+    except ClippedImageError as error:
+        raise ValueError(f"{str(file)!r} {error}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{str(file)!r} cannot be read as an image: {error}") from error
 
@@ -152,7 +155,7 @@ def load(checkpoint: str, image_size: int | None) -> tuple[ViTCustomPreTrainedMo
         config = AutoConfig.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
         raise ValueError(f"{checkpoint!r} is no checkpoint that opens: {error}") from error
-    classifies = (config.architectures or [""])[0].endswith("ForImageClassification")
+    classifies = "ForImageClassification" in (config.architectures or [""])[0]  # DeiT's ends ...WithTeacher
     model = (AutoModelForImageClassification if classifies else AutoModel).from_pretrained(checkpoint)
     if not isinstance(model, ViTCustomPreTrainedModel):
         model = from_transformers(model)

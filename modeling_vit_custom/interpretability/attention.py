@@ -3,11 +3,13 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from ..modeling_vit_custom import (
     EncoderBlock,
@@ -134,6 +136,13 @@ def place(model: ViTCustomPreTrainedModel, pixel_values: Tensor) -> Tensor:
     """Images where a model is, and in the precision of its weights."""
     weight = model.base_model.stages[0].embedding.projection.weight
     return pixel_values.to(weight.device, weight.dtype)
+
+
+def to_probabilities(logits: Tensor, config: PreTrainedConfig) -> Tensor:
+    """(..., L) -> (..., L): of each class by itself where an image may have several, as the library's pipeline does."""
+    if config.problem_type == "multi_label_classification" or config.num_labels == 1:
+        return logits.float().sigmoid()
+    return logits.float().softmax(dim=-1)
 
 
 def classify(model: ViTCustomForImageClassification, hidden: Tensor) -> Tensor:
@@ -283,7 +292,7 @@ def attention_map(
         ValueError: for a block or a patch that is not there.
     """
     layer = _find_layer(model, pixel_values, layer)
-    block, weights = next(each for each in iterate_attention(model, pixel_values) if each[0].layer == layer)
+    block, weights = next(islice(iterate_attention(model, pixel_values), layer, None))
     if query is not None and not all(0 <= place < side for place, side in zip(query, block.grid)):
         raise ValueError(f"query={query} is outside of the grid of {block.grid[0]} x {block.grid[1]} patches")
     weights, attention = weights.float(), block.module.attention
@@ -324,6 +333,7 @@ def gradient_attention(
     for block, weights, gradient in iterate_gradients(model, pixel_values, classes):
         if block.layer == layer:
             return _to_shares(block.keys_to_map((weights * gradient).relu().sum(dim=2)).mean(dim=1))
+        del weights, gradient
 
 
 def attention_rollout(model: ViTCustomPreTrainedModel, pixel_values: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from .attention import (
     place,
     prepare_images,
     to_pixels,
+    to_probabilities,
 )
 
 
@@ -117,6 +118,6 @@ def score_map(
             changed = (ranks < round(step / steps * flat.shape[1])).to(pixel_values.dtype)
             changed = to_pixels(model, changed, size, is_smooth=False)[:, None]
             logits = model(torch.lerp(start, end, changed)).logits
-            curve.append(logits.float().softmax(dim=-1).gather(1, classes)[:, 0])
+            curve.append(to_probabilities(logits, model.config).gather(1, classes)[:, 0])
         areas.append(torch.trapezoid(torch.stack(curve, dim=1), dx=1 / steps))
     return PatchScores(*areas)

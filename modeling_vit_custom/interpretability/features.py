@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..modeling_vit_custom import ViTCustomForImageClassification, ViTCustomPreTrainedModel
-from .attention import place, prepare_images
+from .attention import place, prepare_images, to_probabilities
 
 
 @torch.no_grad()
@@ -62,5 +62,5 @@ def predict_at_sizes(
         scale = size / min(height, width)
         resized = (round(height * scale), round(width * scale))
         pixels = F.interpolate(pixel_values.float(), resized, mode="bicubic", antialias=scale < 1)
-        probabilities[size] = model(place(model, pixels)).logits.float().softmax(dim=-1)
+        probabilities[size] = to_probabilities(model(place(model, pixels)).logits, model.config)
     return probabilities

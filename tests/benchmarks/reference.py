@@ -102,14 +102,29 @@ class Experiment:
         """Where the facts of a run are kept."""
         return RESULTS / self.name / slug(run) / f"seed_{seed}"
 
-    def is_done(self, run: str, seed: int) -> bool:
-        return (self.folder(run, seed) / RUN).is_file()
+    def find(self, run: str, seed: int, folder: Path | None = None) -> TrainingRun | None:
+        """The facts of a run that is done, those that are kept or those in another folder.
+
+        Raises:
+            ValueError: if another command left them.
+        """
+        folder = self.folder(run, seed) if folder is None else folder
+        if not (folder / RUN).is_file():
+            return None
+        facts = read_run(folder)
+        script, *options = self.argv(run, {name: f"{slug(name)}_{seed}" for name in self.runs})
+        wanted = ["python", "-m", f"trainers.{script}", *options]
+        if facts.seed != seed or shlex.split(facts.command)[: len(wanted)] != wanted:
+            raise ValueError(
+                f"{str(folder / RUN)!r} is of another command than {run!r} of {self.name} with seed {seed}: remove its "
+                "folder to train it again"
+            )
+        return facts
 
     def read(self) -> dict[str, list[TrainingRun]]:
         """The facts of all runs, seed by seed; empty as long as one is missing."""
-        if not all(self.is_done(name, seed) for name in self.trained for seed in self.seeds):
-            return {}
-        return {name: [read_run(self.folder(name, seed)) for seed in self.seeds] for name in self.trained}
+        found = {name: [self.find(name, seed) for seed in self.seeds] for name in self.trained}
+        return {} if any(facts is None for runs in found.values() for facts in runs) else found
 
 
 Facts = Mapping[str, Sequence[TrainingRun]]
@@ -118,13 +133,12 @@ Facts = Mapping[str, Sequence[TrainingRun]]
 def main(argv: list[str] | None = None) -> None:
     experiments = read_experiments()
     arguments = parse_arguments(argv)
-    if not arguments.report:
-        for name in arguments.experiments:
+    with report_user_errors("reference.py"):
+        for name in () if arguments.report else arguments.experiments:
             if name == SCALING:
                 train_grid(arguments)
             else:
                 train(experiments[name], arguments)
-    with report_user_errors("reference.py"):
         pages = render(experiments.values())
     for file, text in pages.items():
         file.write_text(text, encoding="utf-8")
@@ -161,19 +175,18 @@ def train(experiment: Experiment, arguments: argparse.Namespace) -> None:
     """All runs of an experiment that are not done, seed by seed."""
     for seed in experiment.seeds:
         for name in experiment.trained:
-            if not experiment.is_done(name, seed):
-                with_card = name in experiment.cards and seed == experiment.seeds[0]
-                folder, kept = make(experiment, name, seed, arguments), experiment.folder(name, seed)
-                keep(folder, kept, (RUN, *(CARD_FILES if with_card else ())))
-                if with_card:
-                    annotate(kept / CARD, experiment)
+            if experiment.find(name, seed) is None:
+                patterns, note = [RUN], None
+                if name in experiment.cards and seed == experiment.seeds[0]:
+                    patterns, note = [RUN, *CARD_FILES], describe_card(experiment)
+                keep(make(experiment, name, seed, arguments), experiment.folder(name, seed), patterns, note)
 
 
 def make(experiment: Experiment, name: str, seed: int, arguments: argparse.Namespace) -> Path:
     """The folder of a run, trained with what it needs unless it is there."""
     folders = {each: arguments.folder / experiment.name / f"{slug(each)}_{seed}" for each in experiment.runs}
     script, *options = experiment.argv(name, folders)
-    if (folders[name] / ("config.json" if script == RESET else RUN)).is_file():
+    if (folders[name] / "config.json").is_file() if script == RESET else experiment.find(name, seed, folders[name]):
         return folders[name]
     for source in experiment.sources(name):
         make(experiment, source, seed, arguments)
@@ -228,8 +241,8 @@ def reset_positions(source: str | Path, image_size: int, seed: int, folder: str 
     processor.save_pretrained(folder)
 
 
-def keep(source: Path, folder: Path, patterns: Sequence[str]) -> None:
-    """Copies files of a run into a new folder, all or nothing."""
+def keep(source: Path, folder: Path, patterns: Sequence[str], note: str | None = None) -> None:
+    """Copies files of a run into a new folder, with a note in its card, all or nothing."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as made:
         copies = Path(made, folder.name)
@@ -240,19 +253,32 @@ def keep(source: Path, folder: Path, patterns: Sequence[str]) -> None:
                 copy.write_text(render_recipe(file), encoding="utf-8")
             else:
                 shutil.copy(file, copy)
+        if note is not None:
+            annotate(copies / CARD, note)
         os.rename(copies, folder)
 
 
-def annotate(card: Path, experiment: Experiment) -> None:
-    """Says above the generated parts of a card, where it stays, what the run was for and where its weights are."""
-    note = (
+def describe_card(experiment: Experiment) -> str:
+    """What a run with a card was for, and where its weights are."""
+    return (
         f"One of {len(experiment.seeds)} runs, of seed {experiment.seeds[0]}, in the comparison "
-        f"[{experiment.title}]({'../' * 3}README.md#{experiment.name}). Its weights are not kept here: the command "
-        "below makes them again, and what is said of use holds in the folder that it leaves."
+        f"[{experiment.title}]({'../' * 3}README.md#{experiment.name}). Its weights are not kept here: the commands "
+        "there make them again, each after those whose folders it names, and what is said of use holds in the folder "
+        "that they leave."
     )
+
+
+def annotate(card: Path, note: str) -> None:
+    """Puts a note above the generated parts of a card, where it stays.
+
+    Raises:
+        ValueError: if the card has no such place.
+    """
     title, begin = f"# {escape_markdown(read_run(card.parent).name)}\n\n", "<!-- begin summary:"
-    text = card.read_text(encoding="utf-8")
-    card.write_text(text.replace(title + begin, f"{title}{note}\n\n{begin}", 1), encoding="utf-8")
+    before, place, after = card.read_text(encoding="utf-8").partition(title + begin)
+    if not place:
+        raise ValueError(f"{card} has no title right before its summary")
+    card.write_text(f"{before}{title}{note}\n\n{begin}{after}", encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -303,16 +329,16 @@ def render_page(found: Mapping[Experiment, Facts], grid: Mapping | None) -> str:
     parts = [
         "# Results on CIFAR-10",
         "Of short runs: they compare, and set no records. All are judged on the 10,000 test images, once, at the end, "
-        "and no setting was chosen by a figure of this page. Means and sample standard deviations are over seeds, "
-        "which also draw the images where only a share of them is taken; differences are taken seed by seed. That the "
-        "test images are a sample, too, is not in them: it is worth about a point (95 %) of each figure, less of a "
-        "difference.",
+        "and no setting was chosen by a figure of this page; where one was a reason to try again, it is said. Means "
+        "and sample standard deviations are over seeds, which also draw the images where only a share of them is "
+        "taken; differences are taken seed by seed. That the test images are a sample, too, is not in them: it is "
+        "worth about a point (95 %) of an accuracy, up to two of the recall of three classes, less of a difference.",
         "GFLOPs are those of a prediction. Training is three times that an image, or less where images grow "
-        "(`--initial_image_size`). Images and time are those of training, with those of the runs that one starts from "
-        "or learns from.",
+        "(`--initial_image_size`), and a teacher adds a prediction of its own. Images and time are those of training, "
+        "with those of the runs that one starts from or learns from.",
         "Written by `python tests/benchmarks/reference.py --report` from the facts of the runs, each a `run.json` "
         f"beside this page. Without `--report` it trains what is missing there. In the commands N is a seed; they name "
-        f"{DATASET} on the Hub, on which figures differ a little from those of a copy stored as JPEG.",
+        f"{DATASET} on the Hub, on which figures may differ from those of a copy stored as JPEG.",
     ]
     for experiment, runs in found.items():
         origin = [f"{name}: {fact}" for name, fact in {"Data": describe_data(runs), **list_origins(flat(runs))}.items()]
@@ -332,7 +358,7 @@ def render_page(found: Mapping[Experiment, Facts], grid: Mapping | None) -> str:
 
 
 def describe_data(runs: Facts) -> str:
-    return "; ".join(dict.fromkeys(run.dataset or run.dataset_title or run.dataset_folder for run in flat(runs)))
+    return "; ".join(dict.fromkeys(run.dataset_title or run.dataset or run.dataset_folder for run in flat(runs)))
 
 
 def flat(runs: Facts) -> list[TrainingRun]:
