@@ -163,6 +163,13 @@ def list_verdicts(facts: Mapping) -> list[str]:
                 f"{names[other[pair['ahead']]]} is ahead wherever they were measured. If their laws held beyond, they "
                 f"would break even at {_format_place(pair)} images."
             )
+        elif pair["lead"] is not None:
+            lead = pair["lead"]
+            text += (
+                f"**{names[lead['ahead']]} is ahead** in all {lead['pairs']} pairs of runs of the same images and "
+                f"seed, by {100 * lead['low']:.1f} to {100 * lead['high']:.1f} points; where they would break even "
+                f"cannot be told: {pair['reason']}."
+            )
         else:
             text += f"cannot tell: {pair['reason']}."
         lines.append(text)

@@ -171,6 +171,25 @@ def test_every_optimizer_learns(optimizer, architecture):
     assert model(images, labels=labels).loss.item() < bound * before
 
 
+def test_kernels_of_convolutions_are_matrices_to_muon():
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
+    model = ResNetForImageClassification(config)
+    optimizer = make_optimizer("muon", parameter_groups(model, 1.0, 0.1), (0.9, 0.95), 1e-8, 0.9)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    muon = {names[id(p)] for group in optimizer.param_groups if group["use_muon"] for p in group["params"]}
+    assert muon == {name for name, p in model.named_parameters() if ".layers." in name and p.ndim == 4}
+    assert "resnet.embedder.embedder.convolution.weight" not in muon
+    name = "resnet.encoder.stages.1.layers.0.layer.1.convolution.weight"
+    kernel = model.get_parameter(name)
+    before = kernel.detach().clone()
+    model(torch.randn(4, 3, 32, 32), labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+    optimizer.step()
+    # An orthogonal update: of 16 channels, each of 16 x 3 x 3, with a norm like AdamW's.
+    update = (kernel.detach() - before * (1 - 1.0 * 0.1)).flatten(1) / (0.2 * 144**0.5)
+    singular = torch.linalg.svdvals(update)
+    assert singular.min() > 0.6 and singular.max() < 1.3
+
+
 def test_muon_is_for_the_matrices_of_blocks():
     model = make_model("swin")
     optimizer = make_optimizer("muon", parameter_groups(model, 1e-3, 0.1), (0.9, 0.95), 1e-8, 0.9)

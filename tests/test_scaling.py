@@ -398,6 +398,30 @@ def test_pairs_are_of_like_cost_and_the_frontier_of_the_cheapest():
         assert min(cheaper) <= 1 - result.accuracy + 1e-12
 
 
+def test_who_is_ahead_in_every_pair_of_runs_is_told_without_a_law():
+    def make(family: str, accuracies: list[float]) -> list[Result]:
+        places = [(fraction, seed) for fraction in (0.1, 0.2, 0.4) for seed in (0, 1)]
+        one = next(cell for cell in make_results() if cell.family == family)
+        return [
+            replace(one, fraction=fraction, images=round(1e4 * fraction), seed=seed, accuracy=accuracy)
+            for (fraction, seed), accuracy in zip(places, accuracies)
+        ]
+
+    def verdict(vit: list[float], cnn: list[float]) -> str:
+        (line,) = page.list_verdicts(study([*make("vit", vit), *make("cnn", cnn)]))
+        return line
+
+    low, high = [0.1, 0.2, 0.3, 0.2, 0.3, 0.3], [0.3, 0.35, 0.45, 0.3, 0.4, 0.5]
+    told = verdict(low, high)
+    assert "**`cnn` x 0.5 is ahead** in all 6 pairs of runs of the same images and seed, by 10.0 to 20.0 points" in told
+    assert "cannot be told: of `vit`, a law of 3 numbers needs 5 places" in told
+    assert "**`vit` x 0.5 is ahead** in all 6 pairs" in verdict(high, low)
+    # Not in all of them, not by anything once, or in too few.
+    for others in ([*high[:5], 0.29], [*high[:5], 0.3], high[:5]):
+        told = verdict(low, others)
+        assert "is ahead" not in told and "cannot tell: of `vit`" in told
+
+
 def test_of_runs_that_cost_the_same_the_worse_is_not_on_the_frontier():
     cells = [replace(make_results()[0], compute=1.0, accuracy=each, fraction=each) for each in (0.5, 0.75, 0.625)]
     assert find_frontier(cells) == [cells[1]]

@@ -64,7 +64,7 @@ def parameter_groups(
             continue
         decayed = has_decay(name, parameter)
         scale = layer_decay ** (head - layers[name])
-        is_hidden = decayed and parameter.ndim == 2 and block.search(name) is not None
+        is_hidden = decayed and block.search(name) is not None
         group = groups.setdefault(
             (scale, decayed, is_hidden),
             {
@@ -85,6 +85,7 @@ def make_optimizer(name: str, groups: list[dict], betas: tuple[float, float], ep
 
     AdamW is PyTorch's fused one; LAMB (https://arxiv.org/abs/1904.00962) is timm's; LARS
     (https://arxiv.org/abs/1708.03888) and Muon, with AdamW for all but the blocks' matrices, are pytorch_optimizer's.
+    A convolution's kernel is a matrix of all that goes into each of its channels.
 
     Raises:
         ValueError: if there are no matrices for Muon.

@@ -9,7 +9,7 @@ import numpy as np
 
 from model_cards.scaling import group
 from trainers.bootstrap import COVERAGE
-from trainers.power_laws import EXPONENTS, Fit, find_break_even, fit_power_law
+from trainers.power_laws import EXPONENTS, SIGNIFICANCE, Fit, find_break_even, fit_power_law
 
 
 CURVE_PLACES = 60
@@ -104,6 +104,7 @@ def analyse(results: Sequence[Result], num_evaluated: int, resamples: int = 1000
                 "second": {"family": second.family, "width": second.width, "flops": second.flops},
                 **asdict(found),
                 "place": found.place and found.place._asdict(),
+                "lead": find_lead(results, first, second),
             }
         )
     return {
@@ -145,6 +146,27 @@ def match_sizes(
             -pair[0].flops * pair[1].flops,
         ),
     )
+
+
+def find_lead(results: Sequence[Result], first: Result, second: Result) -> dict | None:
+    """Which of two sizes is better in every pair of runs of the same images and seed, whatever the form of their laws.
+
+    None unless so many pairs agree that it is no chance, by a sign test.
+    """
+    accuracies = [
+        {
+            (cell.fraction, cell.seed): cell.accuracy
+            for cell in results
+            if (cell.family, cell.width) == (size.family, size.width)
+        }
+        for size in (first, second)
+    ]
+    common = accuracies[0].keys() & accuracies[1].keys()
+    gaps = np.array([accuracies[0][key] - accuracies[1][key] for key in common])
+    if not len(gaps) or 2 * 0.5 ** len(gaps) > SIGNIFICANCE or len(set(np.sign(gaps))) > 1 or not gaps.all():
+        return None
+    low, high = np.sort(np.abs([gaps.min(), gaps.max()])).tolist()
+    return {"ahead": "first" if gaps[0] > 0 else "second", "pairs": len(gaps), "low": low, "high": high}
 
 
 def _describe(law: Fit, kind: str, family: str, cells: Sequence[Result], width: float | None = None) -> dict:
