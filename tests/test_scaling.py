@@ -16,8 +16,9 @@ import torch
 from model_cards import scaling as page
 from modeling_vit_custom import preset_config
 from trainers import power_laws, scaling
+from trainers.arguments import ModelArguments
 from trainers.cnns import cnn_config, list_cnns
-from trainers.models import parse_overrides
+from trainers.models import make_model, parse_overrides
 from trainers.scaling import Cell, Size
 from trainers.scaling_laws import Result, analyse, find_frontier, match_sizes
 
@@ -151,6 +152,21 @@ def test_as_many_cells_run_at_once_as_there_are_jobs(tmp_path, monkeypatch):
     assert [running[-1][0] for running in started] == [each.name for each in cells]
     assert max(map(len, started)) == 2
     assert all(len({place for _, place in running}) == len(running) for running in started)
+
+
+@pytest.mark.parametrize(("jobs", "num_devices", "num_threads"), [(1, 1, 4), (2, 2, 2), (3, 3, 1), (8, 4, 1)])
+def test_jobs_on_a_processor_share_its_threads(jobs, num_devices, num_threads, tmp_path):
+    before, threads = torch.get_num_threads(), []
+    model, _ = make_model(ModelArguments("vit_nano_patch2_8"))
+    model.register_forward_pre_hook(lambda *_: threads.append(torch.get_num_threads()))
+    try:
+        torch.set_num_threads(4)
+        command = scaling.read_command([*GRID, "--output_dir", str(tmp_path), "--jobs", str(jobs)])
+        assert scaling.time_training(model, (8, 8), command.training, command.num_threads) > 0
+        assert torch.get_num_threads() == 4
+        assert (command.num_devices, set(threads)) == (num_devices, {num_threads})
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_cells_for_which_no_time_is_left_wait_for_the_next_call(tmp_path, monkeypatch, capsys):

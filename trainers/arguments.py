@@ -467,7 +467,10 @@ class ScalingArguments:
         default=None, metadata={"help": "The same, by additions and multiplications, e.g. 1e17."}
     )
     jobs: int | None = field(
-        default=None, metadata={"help": "Runs at the same time. Default: one on each GPU, or one on a CPU."}
+        default=None,
+        metadata={
+            "help": "Runs at the same time. Default: one on each GPU, or one on a CPU, whose threads they share."
+        },
     )
     dry_run: bool = field(default=False, metadata={"help": "Show what would be trained, and what it would cost."})
 

@@ -190,7 +190,7 @@ class Command:
     """What was asked for; see `TrainingCommand`.
 
     Attributes:
-        num_devices: How many of them cells run on at the same time.
+        num_devices: GPUs or threads of the processor that cells have to themselves, as many as there are jobs at most.
     """
 
     argv: Sequence[str]
@@ -200,6 +200,11 @@ class Command:
     training: TrainingArguments
     given: dict
     num_devices: int
+
+    @property
+    def num_threads(self) -> int:
+        """Of each cell on a processor."""
+        return max(1, torch.get_num_threads() // self.grid.jobs)
 
 
 def read_command(argv: Sequence[str]) -> Command:
@@ -213,8 +218,8 @@ def read_command(argv: Sequence[str]) -> Command:
     for name, usual in REFUSED.items():
         if asked[name] != usual:
             raise ValueError(f"--{name} {asked[name]} does not go with a grid: leave it out")
-    devices = torch.cuda.device_count() if training.device.type == "cuda" else 1
-    grid.jobs = grid.jobs or devices
+    devices = {"cuda": torch.cuda.device_count, "cpu": torch.get_num_threads}.get(training.device.type, lambda: 1)()
+    grid.jobs = grid.jobs or (devices if training.device.type == "cuda" else 1)
     command = Command(argv, grid, data, loss, training, given, min(grid.jobs, devices))
     check_given(command)
     return command
@@ -271,7 +276,7 @@ def measure_sizes(command: Command, labels: Sequence[str], folder: Path) -> list
             model, processor = make_model(arguments, labels)
             check_optimization(model, training)
             size, _, _ = read_processor(processor)
-            seconds = time_training(model, size, training)
+            seconds = time_training(model, size, training, command.num_threads)
             facts = {"parameters": model.num_parameters(), "flops": count_flops(model, size), "seconds": seconds}
             del model
             torch.cuda.empty_cache()  # for the cells
@@ -283,7 +288,8 @@ def timing_key(family: str, width: float, command: Command) -> str:
     """What a timing depends on."""
     training = command.training
     where = describe_hardware(training.device) + (", bf16" if training.bf16 else "")
-    return f"{family} x {width:g}, {training.train_batch_size} images on {where}"
+    share = f", {command.grid.jobs} jobs" if command.grid.jobs > 1 else ""
+    return f"{family} x {width:g}, {training.train_batch_size} images on {where}{share}"
 
 
 def read_timings(folder: Path) -> dict[str, dict]:
@@ -340,22 +346,35 @@ def scale_width(model: str, width: float, overrides: dict) -> dict:
     return overrides | {"hidden_sizes": widths, "num_attention_heads": heads, "intermediate_size": mlps}
 
 
-def time_training(model: PreTrainedModel, size: tuple[int, int], training: TrainingArguments) -> float:
-    """Seconds of a forward and a backward pass for each image of a step, as they are where they will be."""
-    device = training.device
+def time_training(
+    model: PreTrainedModel, size: tuple[int, int], training: TrainingArguments, num_threads: int
+) -> float:
+    """Seconds of a forward and a backward pass for each image of a step, as they are where they will be.
+
+    Args:
+        model: What is trained.
+        size: Height and width of its images.
+        training: Names the device and the number of images.
+        num_threads: Of a processor.
+    """
+    device, all_threads = training.device, torch.get_num_threads()
     images = torch.randn(training.train_batch_size, model.config.num_channels, *size, device=device)
     labels = torch.arange(len(images), device=device) % model.config.num_labels
     model = model.to(device).train()
     seconds = []
-    for _ in range(1 + TIMED_STEPS):
-        start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=training.bf16):
-            loss = F.cross_entropy(model(images).logits.float(), labels)
-        loss.backward()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-        model.zero_grad()
+    torch.set_num_threads(num_threads)
+    try:
+        for _ in range(1 + TIMED_STEPS):
+            start = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=training.bf16):
+                loss = F.cross_entropy(model(images).logits.float(), labels)
+            loss.backward()
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            seconds.append(time.perf_counter() - start)
+            model.zero_grad()
+    finally:
+        torch.set_num_threads(all_threads)
     return float(np.median(seconds[1:])) / len(images)
 
 
@@ -527,13 +546,13 @@ def start(cell: Cell, folder: Path, command: Command, place: int) -> subprocess.
     Raises:
         SystemExit: if one of an earlier call, which was killed, still trains the cell.
     """
-    jobs, environment = command.grid.jobs, dict(os.environ)
+    environment = dict(os.environ)
     if command.training.device.type == "cuda":
         visible = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
         devices = visible or [str(index) for index in range(torch.cuda.device_count())]
         environment["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
-    elif jobs > 1:
-        environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // jobs))
+    elif command.grid.jobs > 1:
+        environment["OMP_NUM_THREADS"] = str(command.num_threads)
     argv = [sys.executable, "-m", "trainers.finetune", *cell_argv(cell, folder, command)]
     with (folder / LOGS / f"{cell.name}.txt").open("a", encoding="utf-8") as log:
         try:
