@@ -47,7 +47,7 @@ class TrainingRun:
     from_scratch: bool = False  # False and no base: the card does not say where the weights started
 
     dataset: str | None = None  # a Hub id
-    dataset_title: str | None = None  # what to call one that is not there
+    dataset_title: str | None = None  # what to call it, if not by its id or its folder
     dataset_folder: str | None = None  # the name of a local one
     split_sizes: Mapping[str, int] | None = None
     train_fraction: float | None = None  # share of the training images that was taken, if not all

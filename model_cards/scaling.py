@@ -1,5 +1,6 @@
 """The page of a grid of runs: report.md with its figure, rendered from what was measured, and scaling.json."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -28,10 +29,11 @@ def write_study(folder: Path, facts: Mapping) -> None:
 
 def render_study(facts: Mapping) -> str:
     """The page, in Markdown; its figure lies beside it."""
-    families = [f"`{family}`" for family in dict.fromkeys(result["family"] for result in facts["results"])]
+    names = _name_families(facts)
     parts = [
-        f"# {_join(families)} on {escape_markdown(facts['dataset'])}",
+        f"# {_join([f'`{name}`' for name in names.values()])} on {escape_markdown(facts['dataset'])}",
         _describe(facts),
+        *(f"`{name}` is `{family}` here." for family, name in names.items() if name != family),
         show(CURVES, "Error by images, parameters and compute"),
         "## Errors",
         _tabulate_errors(facts),
@@ -61,11 +63,23 @@ def draw_curves(facts: Mapping) -> Figure:
     return plot_scaling(panels)
 
 
+def shorten_families(families: Iterable[str]) -> dict[str, str]:
+    """The names of families, PRESET[:FIELD=VALUE,...], in short: presets alone where these tell them apart."""
+    presets = {family: family.partition(":")[0] for family in families}
+    times = Counter(presets.values())
+    return {family: preset if times[preset] == 1 else family for family, preset in presets.items()}
+
+
+def _name_families(facts: Mapping) -> dict[str, str]:
+    return shorten_families(dict.fromkeys(result["family"] for result in facts["results"]))
+
+
 def _list_lines(
     facts: Mapping, kind: str, quantity: str, cells: Sequence[Mapping], by_width: bool = False
 ) -> list[dict]:
     """What `plot_scaling` draws of a family: a line of each width, the largest first, or one of all."""
     family = cells[0]["family"]
+    name = _name_families(facts)[family]
     laws = {law["width"]: law for law in facts["laws"] if (law["kind"], law["family"]) == (kind, family)}
     lines = []
     groups = group(cells, lambda cell: cell["width"] if by_width else None)
@@ -73,7 +87,7 @@ def _list_lines(
         points = sorted(group(groups[width], lambda cell: cell[quantity]).items())
         lines.append(
             {
-                "label": family if width is None else f"{family} x {width:g}",
+                "label": name if width is None else f"{name} x {width:g}",
                 "group": family,
                 "shade": place / max(len(groups) - 1, 1),
                 "points": [(value, *_spread(same)) for value, same in points],
@@ -104,7 +118,7 @@ def _describe(facts: Mapping) -> str:
     perfect = any(result["accuracy"] == 1 for result in results)
     least = f", but {facts['min_steps']:,} steps at least" if facts["min_steps"] else ""
     return (
-        f"{len(results)} runs from random weights on {images[0]:,} to {images[-1]:,} training images, "
+        f"{len(results)} runs from random weights on {_range(images)} training images, "
         f"{_count(seeds, 'seed')}, for {facts['epochs']:g} epochs{least}: {format_duration(facts['seconds'])} of "
         f"training in all on {facts['origin']['Hardware']}. The error is 1 - accuracy on the "
         f"{facts['num_evaluated']:,} images of the {facts['evaluation_split']} split, which nothing was chosen on"
@@ -113,14 +127,14 @@ def _describe(facts: Mapping) -> str:
 
 
 def _tabulate_errors(facts: Mapping) -> str:
-    results = facts["results"]
+    results, names = facts["results"], _name_families(facts)
     images = sorted({result["images"] for result in results})
     rows = []
     for (family, width), cells in group(results, lambda cell: (cell["family"], cell["width"])).items():
         by_images = group(cells, lambda cell: cell["images"])
         errors = [_format_spread(by_images[count]) if count in by_images else "-" for count in images]
-        size = (f"{cells[0]['parameters'] / 1e6:.2f} M", f"{cells[0]['flops'] / 1e9:.3g}")
-        rows.append((f"`{family}`", f"{width:g}", *size, *errors))
+        size = (f"{cells[0]['parameters'] / 1e6:.3g} M", f"{cells[0]['flops'] / 1e9:.3g}")
+        rows.append((f"`{names[family]}`", f"{width:g}", *size, *errors))
     titles = ("Model", "Width", "Parameters", "GFLOPs an image", *(f"{count:,} images" for count in images))
     return f"{tabulate(titles, rows)}\n\nMeans of the seeds, with the lowest and the highest."
 
@@ -144,9 +158,10 @@ def _describe_break_evens(facts: Mapping) -> list[str]:
 
 def list_verdicts(facts: Mapping) -> list[str]:
     """Who is ahead, and from how many images on: a line of each two families."""
-    lines = []
-    for pair in facts["break_evens"]:
-        names = {side: f"`{pair[side]['family']}` x {pair[side]['width']:g}" for side in ("first", "second")}
+    lines, pairs = [], facts["break_evens"]
+    short = shorten_families({pair[side]["family"] for pair in pairs for side in ("first", "second")})
+    for pair in pairs:
+        names = {side: f"`{short[pair[side]['family']]}` x {pair[side]['width']:g}" for side in ("first", "second")}
         other = {"first": "second", "second": "first"}
         cost = " and ".join(f"{pair[side]['flops'] / 1e9:.3g}" for side in names)
         text = f"{names['first']} and {names['second']} ({cost} GFLOPs an image): "
@@ -197,9 +212,9 @@ def _open_ends(interval: Mapping, limits: Sequence[float], show: Callable[[float
 
 
 def _tabulate_laws(facts: Mapping) -> str:
-    rows = []
+    rows, names = [], _name_families(facts)
     for law in facts["laws"]:
-        model = f"`{law['family']}`" + ("" if law["width"] is None else f" x {law['width']:g}")
+        model = f"`{names[law['family']]}`" + ("" if law["width"] is None else f" x {law['width']:g}")
         row = [model, law["kind"], str(law["points"])]
         if law["problem"] is not None:
             rows.append((*row, "-", "-", f"cannot tell: {law['problem']}"))
@@ -247,6 +262,12 @@ def _describe_limits(facts: Mapping) -> str:
         "The runs that nothing cheaper reaches are chosen by the errors that are then fitted: a law by compute looks "
         "somewhat better than it is. Whether errors fall with compute at all is tested on all runs.",
     ]
+    prolonged = [each["images"] for each in results if each["sights"] > 1.01 * facts["epochs"] * each["images"]]
+    if 0 < len(prolonged) < len(results):
+        lines.append(
+            f"Up to {max(prolonged):,} images all runs have {facts['min_steps']:,} steps, and differ by the images "
+            "alone; above, more images are more steps as well."
+        )
     missing = {
         "left out by the budget": facts["grid"] - len(results) - facts["unfinished"],
         "not finished": facts["unfinished"],
@@ -256,6 +277,11 @@ def _describe_limits(facts: Mapping) -> str:
             is_or_are = "is" if number == 1 else "are"
             lines.append(f"Of the grid's {facts['grid']} runs {number:,} {is_or_are} missing: {reason}.")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _range(numbers: Sequence[int]) -> str:
+    low, high = numbers[0], numbers[-1]
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,6 +1,7 @@
 """What the commands share: how they read arguments, and how they tell what is wrong with them."""
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,9 +35,16 @@ def report_user_errors(program: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        message = " ".join(str(error).split())
-        print(f"{program}: error: {message}", file=sys.stderr)
+        print(f"{program}: error: {say(error)}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def say(error: BaseException) -> str:
+    """What an error says, in one line: of one that comes of a data loader's process with a traceback, the end."""
+    text = str(error)
+    if "in DataLoader worker process" in text:
+        *_, text = re.split(r"^[\w.]+(?:Error|Exception): ", text, flags=re.MULTILINE)
+    return " ".join(text.split())
 
 
 def positive(text: str) -> int:

@@ -12,10 +12,10 @@ import sys
 # images in the visitor's browser storage.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["GRADIO_RUN_HISTORY"] = "False"
-
 from classifier import load_classifier
 from page import LAUNCH_OPTIONS, build_demo
 from transformers import logging
+from uploads import upload_folder
 from version import default_model, describe_version
 
 from modeling_vit_custom.command_line import Parser, report_user_errors
@@ -29,13 +29,15 @@ def main(argv: list[str] | None = None) -> int:
         model, revision = (arguments.model, None) if arguments.model else default_model()
         classifiers = [load_classifier(model, arguments.trust_remote_code, revision)]
         classifiers += [load_classifier(each, arguments.trust_remote_code) for each in arguments.compare]
-        demo = build_demo(classifiers, describe_version())
-    try:
-        demo.launch(server_port=arguments.port, **LAUNCH_OPTIONS)
-    except OSError as error:
-        reason = str(error).split(". ")[0]
-        print(f"app.py: error: cannot serve ({reason}): pass another --port", file=sys.stderr)
-        return 2
+    with upload_folder():
+        with report_user_errors("app.py"):
+            demo = build_demo(classifiers, describe_version())
+        try:
+            demo.launch(server_port=arguments.port, **LAUNCH_OPTIONS)
+        except OSError as error:
+            reason = str(error).split(". ")[0]
+            print(f"app.py: error: cannot serve ({reason}): pass another --port", file=sys.stderr)
+            return 2
     return 0
 
 

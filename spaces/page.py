@@ -69,6 +69,7 @@ LAUNCH_OPTIONS = {
     "css": CSS,
     "max_file_size": MAX_FILE_BYTES,
     "share": False,
+    "ssr_mode": False,  # else pages and files come from a second server, which WithoutSideDoors is not in front of
     "show_error": False,
     "state_session_capacity": 200,  # visitors whose last answers are kept
     "app_kwargs": {"middleware": [Middleware(WithoutSideDoors)]},
@@ -314,7 +315,7 @@ def read_card(folder: Path) -> str:
     def embed(match: re.Match) -> str:
         # By its name: what came from the Hub is a link to where its contents are kept.
         file = folder / match[2]
-        if Path(match[2]).is_absolute() or ".." in file.parts or not file.is_file():
+        if Path(match[2]).is_absolute() or ".." in Path(match[2]).parts or not file.is_file():
             return match[1]
         return f"![{match[1]}](data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()})"
 

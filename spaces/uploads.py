@@ -1,8 +1,13 @@
 """What strangers send: only files that were uploaded here are opened, and only images within limits."""
 
+import os
 import re
 import struct
+import tempfile
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +25,9 @@ MAX_PIXELS = 64_000_000
 MAX_SIDE = 65_535
 # Models that want a shorter side of some length would make a strip of 1 x 60,000 pixels many times as large.
 MAX_ASPECT = 32
-# Of a request that uploads nothing. What it names, gradio keeps for each visitor.
+# Of a request beside the file that it uploads, if it does. What it names, gradio keeps for each visitor.
 MAX_REQUEST_BYTES = 100_000
+SECONDS_KEPT = 3600
 # A short list, because some of Pillow's readers do more than read: EPS starts Ghostscript.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 
@@ -83,24 +89,83 @@ class WithoutSideDoors:
     """
 
     CLOSED = re.compile(r"/process_recording$|/deep_link$|/file[=/]\s*https?:", re.IGNORECASE)
+    UPLOAD = "/gradio_api/upload"
 
     def __init__(self, app: Any):
         self.app = app
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        answer = self.refusal(scope) if scope["type"] == "http" else None
-        await (answer or self.app)(scope, receive, send)
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+        elif self.CLOSED.search(scope["path"].rstrip("/")):
+            await PlainTextResponse("Not found", status_code=404)(scope, receive, send)
+        else:
+            await self.answer(scope, receive, send)
 
-    def refusal(self, scope: dict) -> PlainTextResponse | None:
-        path = scope["path"].rstrip("/")
-        if self.CLOSED.search(path):
-            return PlainTextResponse("Not found", status_code=404)
-        # Uploads have a limit of their own. What tells no length may be of any.
-        if scope["method"] == "POST" and not path.endswith("/upload"):
-            length = dict(scope["headers"]).get(b"content-length", b"")
-            if not length.isdigit() or int(length) > MAX_REQUEST_BYTES:
-                return PlainTextResponse("Too long", status_code=413)
-        return None
+    async def answer(self, scope: dict, receive: Any, send: Any) -> None:
+        """What gradio answers, unless it is sent more than it should read."""
+        is_upload = scope["path"].removeprefix(scope.get("root_path", "")) == self.UPLOAD
+        left = MAX_REQUEST_BYTES + (MAX_FILE_BYTES if is_upload else 0)
+        length = dict(scope["headers"]).get(b"content-length", b"")
+        is_of_any_length = not length.isdigit() and scope["method"] == "POST" and not is_upload
+        if is_of_any_length or (length.isdigit() and int(length) > left):
+            await PlainTextResponse("Too long", status_code=413)(scope, receive, send)
+            return
+
+        async def receive_less() -> dict:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise TooLongError
+            return message
+
+        async def send_unless_too_long(message: dict) -> None:
+            if left >= 0:  # or it complains of what it could not read
+                await send(message)
+
+        with suppress(TooLongError):
+            await self.app(scope, receive_less, send_unless_too_long)
+        if left < 0:
+            await PlainTextResponse("Too long", status_code=413)(scope, receive, send)
+
+
+class TooLongError(Exception):
+    """A request is longer than it may be."""
+
+
+def delete_uploads(folder: Path, age: float) -> None:
+    """Deletes files that have been there for longer than `age` seconds, those of requests that broke off as well.
+
+    Gradio deletes what it was sent whole and under the name that it expects.
+    """
+    for file in folder.rglob("*"):
+        with suppress(OSError):
+            if file.is_file() and time.time() - file.stat().st_mtime > age:
+                file.unlink()
+
+
+@contextmanager
+def upload_folder() -> Iterator[Path]:
+    """A new folder for what is uploaded to pages that are built meanwhile: every hour older files go, at last all.
+
+    Gradio's own is shared with all other programs of the user that gradio serves, and what is theirs stays there.
+    """
+    parent = os.environ.get("GRADIO_TEMP_DIR")
+
+    def keep_deleting() -> None:
+        while Path(folder).exists():
+            time.sleep(SECONDS_KEPT)
+            delete_uploads(Path(folder), SECONDS_KEPT)
+
+    with tempfile.TemporaryDirectory(prefix="uploads_", dir=parent, ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        threading.Thread(target=keep_deleting, daemon=True).start()
+        try:
+            yield Path(folder)
+        finally:
+            os.environ.pop("GRADIO_TEMP_DIR")
+            os.environ |= {} if parent is None else {"GRADIO_TEMP_DIR": parent}
 
 
 def named_paths(payload: Any) -> Iterator[Any]:

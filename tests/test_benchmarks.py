@@ -1,5 +1,6 @@
 """The benchmark commands run, on models and images small enough for a test, and the README's are theirs."""
 
+import itertools
 import json
 import re
 import shlex
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
@@ -36,9 +38,10 @@ from transformers import AutoModelForImageClassification, ViTImageProcessor
 from model_cards.facts import RUN, TrainingRun, read_run, write_run
 from model_cards.metadata import find_card_errors
 from model_cards.rendering import CARD
+from model_cards.scaling import FACTS, REPORT, render_study
 from modeling_vit_custom import ViTCustomForImageClassification, preset_config
 from modeling_vit_custom.convert.graphs import OLDEST_TORCH
-from trainers.arguments import read_recipe
+from trainers.arguments import RECIPES, read_recipe
 from trainers.hub import RECIPE, render_recipe
 
 
@@ -514,6 +517,45 @@ def test_references_measure_the_rare_classes():
 def test_tables_say_what_the_runs_left():
     for file, text in reference.render(reference.read_experiments().values()).items():
         assert file.read_text(encoding="utf-8") == text
+
+
+def test_facts_are_those_of_an_experiment():
+    experiments = reference.read_experiments().values()
+    known = {
+        experiment.folder(run, seed): (experiment, run, seed)
+        for experiment in experiments
+        for run in experiment.trained
+        for seed in experiment.seeds
+    }
+    kept = {file.parent for file in reference.RESULTS.rglob(RUN)}
+    assert kept and kept <= set(known)
+    for folder in kept:
+        experiment, run, seed = known[folder]
+        facts = experiment.find(run, seed)
+        assert facts.evaluation_split == "test" and sum(facts.confusion_matrix.sum(axis=1)) == 10_000
+        words = shlex.split(facts.command)
+        given = dict(pairwise(words))
+        for name in ("train_fraction", "train_imbalance"):
+            assert getattr(facts, name) == (float(given[f"--{name}"]) if f"--{name}" in words else None)
+        assert bool(facts.teacher_folder) == ("--teacher" in words)
+        balancing = {"--logit_adjustment", "--class_balanced_sampling", "--class_weight_beta"}.intersection(words)
+        assert {f"--{name}" for name in facts.rebalancing or {}} == balancing
+        has_card = run in experiment.cards and seed == experiment.seeds[0]
+        assert has_card == (folder / CARD).is_file()
+        if has_card:
+            assert not find_card_errors((folder / CARD).read_text(encoding="utf-8"), folder)
+
+
+def test_the_page_of_the_grid_is_that_of_its_facts_and_its_recipe():
+    facts = json.loads((reference.RESULTS / reference.SCALING / FACTS).read_text(encoding="utf-8"))
+    page = (reference.RESULTS / reference.SCALING / REPORT).read_text(encoding="utf-8")
+    assert page == render_study(facts)
+    recipe, results = read_recipe(RECIPES / "cifar10_scaling.yaml"), facts["results"]
+    axes = {"family": "models", "width": "widths", "fraction": "fractions", "seed": "seeds"}
+    cells = {tuple(result[axis] for axis in axes) for result in results}
+    assert cells == set(itertools.product(*(recipe[name] for name in axes.values()))) and len(cells) == len(results)
+    assert (facts["epochs"], facts["min_steps"]) == (recipe["num_train_epochs"], recipe["min_steps"])
+    assert facts["seconds"] / facts["jobs"] < 60 * recipe["max_minutes"]
 
 
 def test_recipes_of_results_name_no_folders():

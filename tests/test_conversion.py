@@ -24,7 +24,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
 
-from modeling_vit_custom import ViTCustomForImageClassification, ViTCustomForMaskedImageModeling, ViTCustomModel
+from modeling_vit_custom import (
+    ViTCustomForImageClassification,
+    ViTCustomForMaskedImageModeling,
+    ViTCustomForPreTraining,
+    ViTCustomModel,
+)
 from modeling_vit_custom.convert import convert, from_timm, from_transformers, to_npz, to_onnx, to_timm, to_transformers
 from modeling_vit_custom.convert.__main__ import main
 from modeling_vit_custom.convert.preprocessing import describe_preprocessing
@@ -505,6 +510,8 @@ REFUSED_EXPORTS = {
         {"use_distillation_token": True, "num_register_tokens": 1},
         "num_register_tokens=1",
     ),
+    "a PVT that is not square": (to_transformers, "pvt", {"image_size": [32, 64]}, "must be square"),
+    "a Swin's activation": (to_timm, "swin", {"hidden_act": "gelu_pytorch_tanh"}, "hidden_act='gelu_pytorch_tanh'"),
     "a PVT with two heads": (
         to_transformers,
         "pvt",
@@ -545,6 +552,8 @@ def test_a_pyramid_without_a_model_there_is_refused():
     bare = tiny_model(ViTCustomModel, "vit", use_distillation_token=True, num_register_tokens=1)
     with pytest.raises(ValueError, match="num_register_tokens=1"):
         to_transformers(bare)
+    with pytest.raises(ValueError, match="num_register_tokens=1"):
+        to_transformers(tiny_model(ViTCustomForPreTraining, "vit", num_register_tokens=1))
 
 
 def test_what_differs_of_a_swin_is_warned_of():

@@ -1,10 +1,13 @@
 """Data sets: where they come from, their splits and labels."""
 
+import functools
+import http.server
 import io
 import json
 import pickle
 import re
 import tarfile
+import threading
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -12,18 +15,23 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
+from modeling_vit_custom.command_line import say
 from trainers.arguments import AugmentationArguments, DataArguments, ModelArguments
 from trainers.augmentation import Augmentation, Crop
 from trainers.data import (
+    FetchError,
     ImagesInMemory,
     StreamedImages,
     as_it_comes,
+    decode,
     label_names,
     load_splits,
     processor_transform,
@@ -33,6 +41,8 @@ from trainers.data import (
 )
 from trainers.finetune import main as finetune
 from trainers.models import make_model
+from trainers.predict import ImageReader, Row
+from trainers.predict import main as predict
 from trainers.sampling import EpochBatches, RandomOrder
 from trainers.streams import StreamBatches
 
@@ -937,3 +947,117 @@ def test_images_without_classes_are_thinned_out_together(tmp_path):
 def test_shares_that_make_no_sense_are_refused(field, message):
     with pytest.raises(ValueError, match=message):
         DataArguments(dataset="digits", **field)
+
+
+# ----------------------------------------------------------------------------------------------------------- elsewhere
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Images on loopback, and the address of their folder."""
+    save_images(tmp_path / "served", 1, "RGBA")
+    (tmp_path / "served" / "text.png").write_text("no image")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            return self.send_error(503) if self.path == "/lost.png" else super().do_GET()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Handler, directory=tmp_path / "served")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_an_image_that_cannot_be_fetched_is_not_a_broken_one(server, tmp_path):
+    fetched = decode({"bytes": None, "path": f"{server}/0.png"})
+    with Image.open(tmp_path / "served" / "0.png") as image:
+        assert fetched.mode == "RGB" and fetched.size == image.size
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        decode({"bytes": None, "path": f"{server}/text.png"})
+    with pytest.raises(ValueError, match="is not there"):
+        decode({"bytes": None, "path": f"{server}/gone.png"})
+    with pytest.raises(FetchError, match=r"lost\.png cannot be fetched"):
+        decode({"bytes": None, "path": f"{server}/lost.png"})
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_cannot_be_fetched_ends_a_prediction_in_a_line(server, num_workers):
+    path = f"{server}/lost.png"
+    batch = [(0, 0, Row(path, path, {"bytes": None, "path": path}))]
+    reader = ImageReader(lambda images: torch.zeros(len(images), 3, 8, 8))
+    loader = DataLoader(reader, batch_sampler=[batch], num_workers=num_workers, collate_fn=as_it_comes)
+    with pytest.raises(FetchError) as error:
+        next(iter(loader))
+    assert say(error.value).startswith(f"image {path} cannot be fetched (")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_all_that_a_process_of_a_data_loader_says_is_told(num_workers):
+    class Broken(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            raise RuntimeError("first: this\n  and then that")
+
+    with pytest.raises(RuntimeError) as error:
+        next(iter(DataLoader(Broken(), num_workers=num_workers)))
+    assert say(error.value) == "first: this and then that"
+
+
+@pytest.mark.parametrize("on_corrupt", ["error", "skip"])
+def test_no_image_of_a_stream_is_skipped_for_want_of_a_connection(server, on_corrupt):
+    rows = [{"image": {"bytes": None, "path": f"{server}/{name}"}, "label": 0} for name in ("0.png", "lost.png")]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
+    stream = datasets.Dataset.from_list(rows, features=features).to_iterable_dataset()
+    images = StreamedImages(stream, Crop(AugmentationArguments(), (8, 8)), None, 0, on_corrupt)
+    encoded = list(stream.cast_column("image", datasets.Image(decode=False)))
+    assert images.__getitems__([(0, encoded[0])])["pixel_values"].shape == (1, 3, 8, 8)
+    with pytest.raises(FetchError, match=r"lost\.png"):
+        images.__getitems__(list(enumerate(encoded)))
+
+
+def save_addresses(folder: Path, addresses: list[str], split: str) -> None:
+    """A parquet file of images that lie elsewhere, of two classes."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = [{"image": {"bytes": None, "path": path}, "label": row % 2} for row, path in enumerate(addresses)]
+    folder.mkdir(exist_ok=True)
+    table = pa.Table.from_pylist(rows, schema=features.arrow_schema)  # datasets itself would fetch them
+    pq.write_table(table, folder / f"{split}.parquet")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_training_ends_in_a_line_where_images_cannot_be_fetched(server, streaming, tmp_path, capsys):
+    data, output = tmp_path / "data", tmp_path / "run"
+    save_addresses(data, 4 * [f"{server}/0.png"], "test")
+    save_addresses(data, 3 * [f"{server}/0.png"] + [f"{server}/lost.png"], "train")
+    argv = ["--dataset", str(data), "--model", "vit_nano_patch2_8", "--output_dir", str(output), "--use_cpu", "true"]
+    argv += ["--per_device_train_batch_size", "2", "--max_steps", "4", "--on_corrupt", "skip", "--report_to", "none"]
+    argv += ["--validation_fraction", "0", "--eval_strategy", "no", "--disable_tqdm", "true"]
+    with pytest.raises(SystemExit) as exit_:
+        finetune([*argv, "--streaming", str(streaming).lower()])
+    said = exit_.value.code if streaming else capsys.readouterr().err
+    assert len(said.strip().splitlines()) == 1 and f"image {server}/lost.png cannot be fetched (" in said
+    assert streaming or exit_.value.code == 2
+
+
+def test_predictions_end_in_a_line_where_images_cannot_be_fetched(server, tmp_path):
+    make_model(ModelArguments("vit_nano_patch2_8"), ["a", "b"])[0].save_pretrained(tmp_path / "model")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "model")
+    save_addresses(tmp_path / "data", [f"{server}/{name}.png" for name in ("0", "gone", "lost")], "test")
+    argv = [str(tmp_path / "model"), str(tmp_path / "data" / "test.parquet"), "--output", str(tmp_path / "out.csv")]
+    with pytest.raises(SystemExit) as exit_:
+        predict(argv)
+    assert len(exit_.value.code.splitlines()) == 1 and "nothing is lost: settle that and go on by" in exit_.value.code
+    with Image.open(tmp_path / "served" / "0.png") as image:
+        image.save(tmp_path / "served" / "found.png")
+    save_addresses(tmp_path / "data", [f"{server}/{name}.png" for name in ("0", "gone", "found")], "test")
+    predict([*argv, "--overwrite"])
+    rows = (tmp_path / "out.csv").read_text().splitlines()
+    assert ["is not there" in row for row in rows] == [False, False, True, False]

@@ -408,6 +408,8 @@ def test_probabilities_of_several_labels_are_each_its_own():
     torch.testing.assert_close(predict_at_sizes(several, images, [32])[32], logits.sigmoid())
     torch.testing.assert_close(to_probabilities(logits, model.config), logits.softmax(dim=-1))
     torch.testing.assert_close(to_probabilities(logits, classifier("vit", num_labels=1).config), logits.sigmoid())
+    measured = classifier("vit", num_labels=1, problem_type="regression").config
+    assert torch.equal(to_probabilities(logits[:, :1], measured), logits[:, :1])
     # With every patch there, an insertion ends at the probability itself.
     scores = score_map(several, images, torch.rand(2, *several.model.feature_grids((32, 32))[0]), steps=1)
     blurred = F.interpolate(F.adaptive_avg_pool2d(images, 4), (32, 32), mode="bilinear")

@@ -413,6 +413,11 @@ plain.eval(), model.eval()
 with averages[0].in_place(plain), averages[1].in_place(model), torch.no_grad():
     torch.testing.assert_close(model(images).logits, plain(images).logits, rtol=0, atol=1e-4)
 assert averages[1].steps == 3
+# Each process knows its own images: what is evaluated and saved is the mean.
+statistic = averages[0].statistics[0]
+averages[0].averages[statistic].fill_(rank)
+with averages[0].in_place(plain):
+    torch.testing.assert_close(plain.get_buffer(statistic), torch.full_like(plain.get_buffer(statistic), 0.5))
 """
 
 

@@ -93,6 +93,12 @@ def test_a_quantity_without_effect_has_no_exponent():
     assert fit.problem == "errors need not fall with parameters"
 
 
+def test_errors_that_fall_otherwise_have_no_law():
+    x = np.array([2500, 5000, 10000, 22500, 50000])
+    fit = fit_power_law(np.repeat(x, 2), [0.7, 0.71, 0.71, 0.71, 0.69, 0.7, 0.58, 0.59, 0.44, 0.45], resamples=200)
+    assert fit.p_value < 0.05 and fit.problem == "errors fall, but no power law is near them"
+
+
 @pytest.mark.parametrize("x, errors", [([0, 1, 2, 3], [1, 1, 1, 1]), ([1, 2, 3, 4], [1, 0, 1, 1]), ([1], [np.nan])])
 def test_what_no_logarithm_takes_is_refused(x, errors):
     with pytest.raises(ValueError, match="above 0"):

@@ -107,6 +107,8 @@ def test_folders_that_are_gone_or_not_there_yet_are_shown_by_their_names():
     argv = "--output_dir acme/eval --resume_from_checkpoint=acme/run/checkpoint-8 --dataset_title Cats/dogs/us"
     shown = "--output_dir eval --resume_from_checkpoint=checkpoint-8 --dataset_title Cats/dogs/us"
     assert format_command("finetune", argv.split()) == f"python -m trainers.finetune {shown}"
+    argv = "--output_dir acme/eval google/vit user/data --split test"
+    assert format_command("evaluate", argv.split()).endswith(" --output_dir eval google/vit user/data --split test")
     assert format_command("finetune", ["--resume_from_checkpoint", "true"]).endswith(" --resume_from_checkpoint true")
 
 

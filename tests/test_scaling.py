@@ -186,6 +186,8 @@ def test_a_report_of_something_else_is_not_replaced(tmp_path, capsys):
         run(tmp_path)
     assert exit_.value.code == 2 and "holds a 'report.md' of something else" in capsys.readouterr().err
     assert (tmp_path / "report.md").read_text() == "mine"
+    (tmp_path / scaling.CELLS).mkdir()  # a grid's, whose report was interrupted
+    run(tmp_path, "--dry_run")
 
 
 def test_a_broken_file_of_a_run_is_one_line(tmp_path, capsys):
@@ -464,6 +466,19 @@ def test_ends_of_what_was_looked_for_are_open():
 
     assert "at 9,000 (4,000 to 20,000) images" in tell(4000, 20000)
     assert "at 9,000 (below 2,500 to above 50,000) images" in tell(2500, 50000)
+
+
+def test_families_are_named_by_their_presets_where_these_tell_them_apart():
+    short = {"a:depth=1": "a", "b:depth=1": "b:depth=1", "b:depth=2": "b:depth=2"}
+    assert page.shorten_families(short) == short
+    results = [replace(result, family=f"{result.family}:depth=1,wide=true") for result in make_results()]
+    results = [result for result in results if result.images < 10000]  # too few places for a law
+    facts = study(results)
+    text = page.render_study(facts)
+    assert text.startswith("# `vit` and `cnn` on ") and text.count("wide=true") == 2
+    assert "`vit` is `vit:depth=1,wide=true` here." in text and "of `vit`, a law of " in text
+    (legend,) = page.draw_curves(facts).legends
+    assert {label.get_text().partition(" ")[0] for label in legend.get_texts()} == {"vit", "cnn"}
 
 
 def test_missing_and_perfect_runs_are_told():

@@ -7,9 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import replace
 from http.client import HTTPConnection
@@ -49,6 +51,7 @@ sys.path.insert(0, str(ROOT / "spaces"))  # as the command has it
 
 import app  # noqa: E402
 import page  # noqa: E402
+import uploads  # noqa: E402
 from classifier import (  # noqa: E402
     ATTENTION,
     GRAD_CAM,
@@ -64,6 +67,7 @@ from page import LAUNCH_OPTIONS, build_demo  # noqa: E402
 from uploads import (  # noqa: E402
     DELETED,
     MAX_FILE_BYTES,
+    MAX_REQUEST_BYTES,
     NO_IMAGE,
     NOT_AN_IMAGE,
     NOT_UPLOADED,
@@ -130,7 +134,7 @@ def demo(checkpoint, upload_folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(upload_folder))
         demo = build_demo([load_classifier(str(checkpoint))], VERSION)
-        demo.launch(server_name="127.0.0.1", prevent_thread_lock=True, ssr_mode=False, quiet=True, **LAUNCH_OPTIONS)
+        demo.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **LAUNCH_OPTIONS)
         yield demo
         demo.close()
 
@@ -306,6 +310,53 @@ def test_unfit_file_gets_one_sentence(client, tmp_path, save, sentence):
     with pytest.raises(AppError) as refusal:
         client.predict(handle_file(path), 3, api_name="/classify")
     assert refusal.value.message == sentence
+
+
+def test_uploads_are_no_way_around_the_limits(demo, upload_folder):
+    address = urlsplit(demo.local_api_url)
+
+    def post(path: str, *headers: tuple[str, str], chunks: Iterable[bytes] = ()) -> tuple[int, bytes]:
+        """The answer to a request that does not end."""
+        connection = HTTPConnection(address.netloc, timeout=60)
+        connection.putrequest("POST", f"{address.path}{path}")
+        for header in headers:
+            connection.putheader(*header)
+        connection.endheaders()
+        for chunk in chunks:
+            connection.send(b"%x\r\n%s\r\n" % (len(chunk), chunk))
+        with closing(connection.getresponse()) as answer:
+            return answer.status, answer.read()
+
+    refused = (413, b"Too long")
+    # A function of that name, which there is not.
+    assert post("call/upload", ("Content-Length", str(MAX_REQUEST_BYTES + 1))) == refused
+    assert post("upload", ("Content-Length", str(MAX_FILE_BYTES + MAX_REQUEST_BYTES + 1))) == refused
+    # Neither a file nor of a known length.
+    field = b'--b\r\nContent-Disposition: form-data; name="text"\r\n\r\n'
+    chunks = [field, *[bytes(2**16)] * (MAX_FILE_BYTES // 2**16), bytes(MAX_REQUEST_BYTES)]
+    headers = (("Content-Type", "multipart/form-data; boundary=b"), ("Transfer-Encoding", "chunked"))
+    assert post("upload", *headers, chunks=chunks) == refused
+
+
+def test_old_uploads_are_deleted_whoever_left_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr("uploads.SECONDS_KEPT", 0.1)
+    (tmp_path / "theirs").touch()
+    os.utime(tmp_path / "theirs", (0, 0))
+    with uploads.upload_folder() as folder:
+        assert folder.parent == tmp_path and os.environ["GRADIO_TEMP_DIR"] == str(folder)
+        (folder / "name").mkdir()
+        (folder / "name" / "old").touch()
+        os.utime(folder / "name" / "old", (0, 0))
+        (folder / "name" / "new").touch()
+        uploads.delete_uploads(folder, age=60)
+        assert [path.name for path in folder.rglob("*")] == ["name", "new"]
+        deadline = time.monotonic() + 20
+        while (folder / "name" / "new").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert os.environ["GRADIO_TEMP_DIR"] == str(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 
 def test_oversized_upload_is_refused_at_the_door(demo, upload_folder):
@@ -636,7 +687,7 @@ def test_examples_are_of_the_models_own_kind(checkpoint, tmp_path):
     assert [file.stem for file in page.find_examples(own)] == sorted(own.labels)
 
 
-def test_a_card_is_shown_with_its_figures(tmp_path):
+def test_a_card_is_shown_with_its_figures(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     picture().save(tmp_path / "model" / "figure.png")
     picture().save(tmp_path / "secret.png")
@@ -648,6 +699,8 @@ def test_a_card_is_shown_with_its_figures(tmp_path):
     (tmp_path / "blobs").mkdir()
     picture().save(tmp_path / "blobs" / "0123", format="png")
     (tmp_path / "model" / "linked.png").symlink_to("../blobs/0123")
+    monkeypatch.chdir(tmp_path / "blobs")
+    assert "data:image" in page.read_card(Path("../model"))
     text = page.read_card(tmp_path / "model")
     assert "license" not in text
     assert "<!--" not in text

@@ -1,6 +1,7 @@
 """The Trainer subclass: accumulation, averages, phases, resuming, teachers."""
 
 import ast
+import json
 import math
 import os
 import re
@@ -183,6 +184,31 @@ def test_only_checkpoints_of_the_run_are_deleted(tmp_path, keeps_best):
     assert left == (max(losses, key=losses.get) if keeps_best else 4)
     assert not keeps_best or left < 4
     assert trainer.args.save_total_limit == 1
+
+
+@pytest.mark.parametrize(("limit", "left"), [(None, 4), (2, 2), (0, 4), (-1, 4)])
+def test_so_many_checkpoints_stay(tmp_path, limit, left):
+    make_trainer(tmp_path, save_strategy="steps", save_steps=1, save_total_limit=limit).train()
+    assert sorted(list_checkpoints(tmp_path)) == list(range(5 - left, 5))
+
+
+def test_checkpoints_of_the_run_that_one_goes_on_from_stay(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "learning_rate": 1e-2}
+    make_trainer(tmp_path / "first", **options, save_total_limit=4).train()
+    state_file = tmp_path / "first" / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(state_file.read_text())
+    state |= {
+        "best_metric": 0.0,
+        "best_model_checkpoint": str(tmp_path / "first" / "checkpoint-1"),
+        "best_global_step": 1,
+    }
+    state_file.write_text(json.dumps(state))
+    trainer = make_trainer(tmp_path / "second", **options, save_total_limit=1)
+    trainer.train(resume_from_checkpoint=str(state_file.parent))
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "first" / "checkpoint-1")
+    assert sorted(list_checkpoints(tmp_path / "first")) == [1, 2, 3, 4]
+    assert sorted(list_checkpoints(tmp_path / "second")) == [4]
 
 
 def test_averaged_weights_are_evaluated_and_published(tmp_path):

@@ -94,6 +94,7 @@ def train_classifier(command: TrainingCommand) -> None:
     trained = train(trainer, command)
     trainer.save_metrics(TRAIN, trained.metrics)
     trainer.save_state()
+    trainer.save_model()
 
     # The split that nothing was chosen on speaks for the model.
     reported = TEST if TEST in evaluated else VALIDATION
@@ -102,7 +103,6 @@ def train_classifier(command: TrainingCommand) -> None:
     }
     for name, prediction in predictions.items():
         trainer.save_metrics(name, prediction.metrics)
-    trainer.save_model()
     if not trainer.is_world_process_zero():
         return
 

@@ -22,6 +22,8 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict
 from datasets.exceptions import DatasetGenerationError
 from datasets.utils import tqdm
+from datasets.utils.file_utils import is_local_path, xopen
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 from transformers import BaseImageProcessor
 
@@ -364,8 +366,20 @@ def sample_images(split: Dataset | IterableDataset, count: int) -> list[tuple[PI
     encoded = split.cast_column(IMAGE, Image(decode=False))
     if isinstance(split, Dataset):
         encoded = encoded.select(np.random.default_rng(0).permutation(len(split)))
-    readable = (row for row in encoded if _find_fault(row[IMAGE]) is None)
-    return [(decode(row[IMAGE]), row[LABEL]) for row in islice(readable, count)]
+    return list(islice(_decode_readable(encoded), count))
+
+
+def _decode_readable(rows: Iterable[dict]) -> Iterator[tuple[PIL.Image.Image, int]]:
+    for row in rows:
+        try:
+            image = decode(row[IMAGE])
+        except (ValueError, FetchError):
+            continue
+        yield image, row[LABEL]
+
+
+class FetchError(OSError):
+    """An image cannot be fetched from where it lies, which says nothing of the image."""
 
 
 def decode(encoded: dict | None) -> PIL.Image.Image:
@@ -373,9 +387,12 @@ def decode(encoded: dict | None) -> PIL.Image.Image:
 
     Raises:
         ValueError: saying what is wrong with it, without its name.
+        FetchError: if it lies elsewhere, from where nothing is to be had now.
     """
     if encoded is None:
         raise ValueError("is missing")
+    if encoded["bytes"] is None and encoded["path"] is not None and not is_local_path(encoded["path"]):
+        encoded = encoded | {"bytes": _fetch(encoded["path"])}
     try:
         return to_rgb(Image().decode_example(encoded))
     except ClippedImageError:
@@ -384,6 +401,23 @@ def decode(encoded: dict | None) -> PIL.Image.Image:
         # An address in memory says nothing, and is another one next time.
         reason = re.sub(r"\s*<_io\.BytesIO object at 0x\w+>", "", str(error))
         raise ValueError(f"cannot be decoded ({' '.join(reason.split())})") from error
+
+
+def _fetch(path: str) -> bytes:
+    try:
+        with xopen(path, "rb") as file:
+            return file.read()
+    except Exception as error:  # file systems and their networks fail in many ways
+        if isinstance(error, FileNotFoundError) and _says_missing(error.__cause__):
+            raise ValueError("is not there") from error
+        cause = error.__cause__ or error
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split())
+        raise FetchError(f"image {path} cannot be fetched ({reason})") from error
+
+
+def _says_missing(cause: BaseException | None) -> bool:
+    """Whether a file is not there that is said not to be found; fsspec says so of any failure on the web."""
+    return cause is None or isinstance(cause, HfHubHTTPError) or getattr(cause, "status", None) in (404, 410)
 
 
 def processor_transform(processor: BaseImageProcessor) -> Callable:
@@ -567,13 +601,24 @@ def _check_images(splits: DatasetDict, arguments: DataArguments) -> DatasetDict:
 
 
 def _find_faults(split: Dataset, description: str) -> dict[int, str]:
-    """What is wrong with the images, by row. Each of several processes reads its share and hears of the others'."""
+    """What is wrong with the images, by row. Each of several processes reads its share and hears of the others'.
+
+    Raises:
+        FetchError: in all of them, if one cannot fetch an image.
+    """
     rank, world = rank_and_world()
     rows = range(rank, len(split), world)
-    found = zip(rows, _map_images(_find_fault, split.select(rows), description))
-    shares = [{row: fault for row, fault in found if fault is not None}] * world
+    try:
+        found = zip(rows, _map_images(_find_fault, split.select(rows), description))
+        share = {row: fault for row, fault in found if fault is not None}
+    except FetchError as error:
+        share = error
+    shares = [share] * world
     if world > 1:
-        torch.distributed.all_gather_object(shares, shares[0])
+        torch.distributed.all_gather_object(shares, share)
+    for share in shares:
+        if isinstance(share, FetchError):
+            raise share
     return dict(sorted(item for share in shares for item in share.items()))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -29,9 +29,11 @@ class Ema:
             name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
         }
         # Averaged weights have other activations than those that the last ones ran over.
+        self.statistics: list[str] = []
         for name, module in model.named_modules():
             if isinstance(module, _BatchNorm) and module.track_running_stats:
                 for kind in ("running_mean", "running_var"):
+                    self.statistics.append(f"{name}.{kind}")
                     self.averages[f"{name}.{kind}"] = getattr(module, kind).clone()
 
     def distribute(self, model: PreTrainedModel) -> None:
@@ -53,12 +55,21 @@ class Ema:
 
     @contextmanager
     def in_place(self, model: PreTrainedModel) -> Iterator[None]:
-        """The averages in place of what they are of."""
+        """The averages in place of what they are of. Call in all processes."""
+        self.agree()
         self.swap(model)
         try:
             yield
         finally:
             self.swap(model)
+
+    def agree(self) -> None:
+        """Running statistics of all processes: each has averaged those of its own images. Call in all of them."""
+        if not distributed.is_available() or not distributed.is_initialized():
+            return
+        for name in self.statistics:
+            distributed.all_reduce(self.averages[name])
+            self.averages[name] /= distributed.get_world_size()
 
     @torch.no_grad()
     def swap(self, model: PreTrainedModel) -> None:
@@ -77,6 +88,7 @@ class Ema:
 
     def save(self, folder: str | Path, writes: bool = True) -> None:
         """Call in all processes; those that do not write give their part."""
+        self.agree()
         averages = {}
         for name, average in self.averages.items():
             whole = join(average)  # one at a time: all of them may not fit into one device

@@ -13,6 +13,7 @@ from trainers.arguments import (
     parse_arguments,
 )
 from trainers.classification import train_classifier
+from trainers.runs import noticing_lost_images
 
 
 PROGRAM = "python -m trainers.finetune"
@@ -33,7 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     groups = [*COMMON_GROUPS, TrainingArguments]
     with report_user_errors("finetune"):
         command = TrainingCommand("finetune", argv, *parse_arguments(groups, argv, PROGRAM, __doc__, EXAMPLES))
-    train_classifier(command)
+    with noticing_lost_images(command):
+        train_classifier(command)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,10 @@ from safetensors import SafetensorError
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset
 
-from modeling_vit_custom.command_line import Parser, positive, report_user_errors
+from modeling_vit_custom.command_line import Parser, positive, report_user_errors, say
 from modeling_vit_custom.interpretability import to_probabilities
 from trainers.data import (
+    FetchError,
     as_it_comes,
     decode,
     kill_workers_at_exit,
@@ -90,9 +91,8 @@ def main(argv: list[str] | None = None) -> None:
     except ChangedImagesError as error:
         print(f"predict: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    except (NotWrittenError, UnreadableError, ReadersKilledError, torch.OutOfMemoryError) as error:
-        reason, command = " ".join(str(error).split()), format_command(again)
-        message = f"predict: error: {reason}; nothing is lost: settle that and go on by `{command}`"
+    except (NotWrittenError, UnreadableError, FetchError, ReadersKilledError, torch.OutOfMemoryError) as error:
+        message = f"predict: error: {say(error)}; nothing is lost: settle that and go on by `{format_command(again)}`"
         raise SystemExit(message) from error
     except KeyboardInterrupt as error:
         if is_first:

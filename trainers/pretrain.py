@@ -44,6 +44,7 @@ from trainers.runs import (
     check_output_dir,
     describe,
     load_training_splits,
+    noticing_lost_images,
     prepare_images,
     push,
     train,
@@ -77,10 +78,11 @@ def main(argv: list[str] | None = None) -> None:
     with report_user_errors("pretrain"):
         arguments, *rest = parse_arguments(groups, argv, PROGRAM, __doc__, EXAMPLES)
         command = TrainingCommand("pretrain", argv, *rest)
-    if arguments.objective == "supervised":
-        train_classifier(command)
-    else:
-        train_encoder(command, arguments)
+    with noticing_lost_images(command):
+        if arguments.objective == "supervised":
+            train_classifier(command)
+        else:
+            train_encoder(command, arguments)
 
 
 def train_encoder(command: TrainingCommand, arguments: PretrainingArguments) -> None:
@@ -125,8 +127,8 @@ def train_encoder(command: TrainingCommand, arguments: PretrainingArguments) -> 
     trained = train(trainer, command)
     trainer.save_metrics(TRAIN, trained.metrics)
     trainer.save_state()
-    metrics = {} if judging is None else trainer.evaluate(metric_key_prefix=judging)
     trainer.save_model()
+    metrics = {} if judging is None else trainer.evaluate(metric_key_prefix=judging)
     if not trainer.is_world_process_zero():
         return
 

@@ -218,6 +218,8 @@ def format_command(program: str, argv: Sequence[str], num_processes: int = 1) ->
             published.append(argument)
         elif not name.startswith(("push_to_hub", "hub_")):
             published.append(hide_folders(argument, name in ("output_dir", "resume_from_checkpoint")))
+        if not argument.startswith("--") or "=" in argument:
+            name = ""  # each of these has one value
     return f"{launcher} -m trainers.{program} {shlex.join(published)}"
 
 

@@ -5,6 +5,8 @@ import shlex
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from transformers.trainer_utils import IntervalStrategy, TrainOutput
 from model_cards.environment import code_commit, describe_hardware
 from model_cards.facts import RUN
 from model_cards.rendering import CARD, FIGURES
-from modeling_vit_custom.command_line import report_user_errors
+from modeling_vit_custom.command_line import report_user_errors, say
 from trainers import ema
 from trainers.arguments import (
     AugmentationArguments,
@@ -33,6 +35,7 @@ from trainers.data import (
     TRAIN,
     VALIDATION,
     BrokenImageError,
+    FetchError,
     Splits,
     load_splits,
     processor_transform,
@@ -121,11 +124,11 @@ def find_unfinished(folder: Path, command: TrainingCommand) -> str | None:
         raise ValueError(
             f"{there} holds a {others[0]}, in whose place the model's would come: pass --overwrite true or another one"
         )
+    choice = "pass --resume_from_checkpoint true to go on, --overwrite true to start again, or another output_dir"
+    if begun is None and list_checkpoints(folder):
+        raise ValueError(f"{there} already holds checkpoints: {choice}")
     if checkpoint is None:
         return None
-    choice = "pass --resume_from_checkpoint true to go on, --overwrite true to start again, or another output_dir"
-    if begun is None:
-        raise ValueError(f"{there} already holds checkpoints: {choice}")
     for name in [*asked, *begun]:
         if asked.get(name) != begun.get(name):
             one, other = (f"--{name} {each[name]}" if name in each else f"no --{name}" for each in (begun, asked))
@@ -310,11 +313,9 @@ def train(trainer: ViTTrainer, command: TrainingCommand) -> TrainOutput:
     except CheckpointNotWrittenError as error:
         raise SystemExit(f"{program}: error: {error}; {how_to_go_on(command)}") from error
     except (CheckpointNotReadError, BrokenImageError) as error:
-        # A worker's comes with its traceback as its text.
-        *_, last = str(error).splitlines()
         print(file=sys.stderr)  # the progress bar's line has no end
         with report_user_errors(program):
-            raise ValueError(last.partition("BrokenImageError: ")[2] or last) from error
+            raise ValueError(say(error)) from error
     except RuntimeError as error:
         if args.world_size == 1 or not LOST_PROCESS.search(str(error)):
             raise
@@ -322,6 +323,16 @@ def train(trainer: ViTTrainer, command: TrainingCommand) -> TrainOutput:
         *_, said = str(error).splitlines()
         raise SystemExit(f"\n{program}: error: {lost} ({said}); {how_to_go_on(command)}") from error
     return output
+
+
+@contextmanager
+def noticing_lost_images(command: TrainingCommand) -> Iterator[None]:
+    """Ends a run in one line whose images cannot be fetched any longer from where they lie."""
+    try:
+        yield
+    except FetchError as error:
+        message = f"\n{command.program}: error: {say(error)}; {how_to_go_on(command)}"
+        raise SystemExit(message) from error
 
 
 def clean_output_dir(args: TrainingArguments) -> None:

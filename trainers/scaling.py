@@ -162,7 +162,8 @@ def main(argv: list[str] | None = None) -> None:
         command = read_command(argv)
         grid, folder = command.grid, Path(command.training.output_dir)
         check_writable(folder, "output_dir")
-        others = [name for name in FILES if (folder / name).exists() and not (folder / FACTS).exists()]
+        is_begun = any((folder / name).exists() for name in (FACTS, CELLS))
+        others = [] if is_begun else [name for name in FILES if (folder / name).exists()]
         if others:
             raise ValueError(f"output_dir {str(folder)!r} holds a {others[0]!r} of something else: give another")
         cells = plan(command, folder)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from model_cards.scaling import group
+from model_cards.scaling import group, shorten_families
 from trainers.bootstrap import COVERAGE
 from trainers.power_laws import EXPONENTS, SIGNIFICANCE, Fit, find_break_even, fit_power_law
 
@@ -90,13 +90,13 @@ def analyse(results: Sequence[Result], num_evaluated: int, resamples: int = 1000
         joint = fit(cells, parameters=lambda cell: cell.parameters, images=lambda cell: cell.images)
         laws.append(_describe(joint, "parameters and images", family, cells))
     known = {key for key, law in of_data.items() if law.problem is None}
-    break_evens = []
+    break_evens, short = [], shorten_families(families)
     for names in itertools.combinations(families, 2):
         first, second = match_sizes(results, *names, known)
         found = find_break_even(
             of_data[first.family, first.width],
             of_data[second.family, second.width],
-            (f"`{first.family}`", f"`{second.family}`"),
+            (f"`{short[first.family]}`", f"`{short[second.family]}`"),
         )
         break_evens.append(
             {

@@ -349,11 +349,12 @@ class ViTTrainer(Trainer):
             CheckpointNotReadError: if the one to resume from is of another model or optimizer.
         """
         # The Trainer would take every folder checkpoint-* for one of its own, and delete what is the oldest.
-        self.max_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self.max_checkpoints = max(0, limit or 0)  # 0: all of them stay
         try:
             output = super().train(*args, **kwargs)
         finally:
-            self.args.save_total_limit = self.max_checkpoints
+            self.args.save_total_limit = limit
         self.check_weights()
         return output
 
@@ -389,10 +390,11 @@ class ViTTrainer(Trainer):
             ) from error
 
     def _delete_checkpoints(self, run_folder: Path, spared: Sequence[Path]) -> None:
-        """The oldest ones of this run, as many as are too many, but none of those to spare."""
-        checkpoints, spared = list_checkpoints(run_folder), {path.name for path in spared}
-        others = [checkpoints[step] for step in sorted(checkpoints) if checkpoints[step].name not in spared]
-        for checkpoint in others[: max(0, len(checkpoints) - max(self.max_checkpoints, len(spared)))]:
+        """The oldest ones of this run, as many as are too many, but none of those to spare, wherever these are."""
+        checkpoints, spared = list_checkpoints(run_folder), {path.resolve() for path in spared}
+        others = [checkpoints[step] for step in sorted(checkpoints) if checkpoints[step].resolve() not in spared]
+        num_spared = len(checkpoints) - len(others)
+        for checkpoint in others[: max(0, len(others) - max(0, self.max_checkpoints - num_spared))]:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -423,7 +425,8 @@ class ViTTrainer(Trainer):
         best = Path(self.state.best_model_checkpoint)
         self._load_weights(str(best), super()._load_best_model)
         if self.args.should_save and self.max_checkpoints == 1:
-            self._delete_checkpoints(best.parent, [best])
+            # The best one may be of the run that this one went on from, in its folder.
+            self._delete_checkpoints(Path(self.args.output_dir), [best])
 
     def _load_weights(self, checkpoint: str, load: Callable[[], None]) -> None:
         """By the model's own way, since the files may have older names than the weights; else as the Trainer does."""

@@ -55,10 +55,10 @@ examples:
   {PROGRAM} google/vit-base-patch16-224 runs/vit_384 --image_size 384
 
   # and back
-  {PROGRAM} runs/mine exported --to timm
+  {PROGRAM} runs/mine exported/timm --to timm
 
   # for onnxruntime, with images of any size
-  {PROGRAM} runs/mine exported --to onnx
+  {PROGRAM} runs/mine exported/onnx --to onnx
 
 presets:
 {textwrap.indent(textwrap.fill(" ".join(list_presets()), 110), "  ")}"""

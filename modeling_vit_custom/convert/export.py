@@ -108,14 +108,14 @@ def timm_architecture(model: ViTCustomPreTrainedModel) -> tuple[str, dict]:
         "qkv_bias": config.qkv_bias,
         "num_classes": config.num_labels if isinstance(model, ViTCustomForImageClassification) else 0,
     }
-    if config.hidden_act != "gelu":
-        shared["act_layer"] = "gelu_tanh"
     # The constructors there take no epsilon by its value.
     _compare_epsilon(config.layer_norm_eps, 1e-5 if first.window_size else 1e-6, "timm")
     if first.window_size:
         windows = {stage.window_size for stage in stages}
         if len(windows) > 1:
             raise ValueError(f"window_size={config.window_size} must be one for all stages in timm")
+        if config.hidden_act != "gelu":
+            raise ValueError(f"timm has no Swin with hidden_act={config.hidden_act!r}")
         _compare_epsilon(config.patch_norm_eps, 1e-5, "timm")
         _warn_of_padding(config, "timm")
         swin = {
@@ -124,6 +124,8 @@ def timm_architecture(model: ViTCustomPreTrainedModel) -> tuple[str, dict]:
             "window_size": windows.pop(),
         }
         return "swin_tiny_patch4_window7_224", shared | swin
+    if config.hidden_act != "gelu":
+        shared["act_layer"] = "gelu_tanh"
     vit = {
         "depth": first.depth,
         "num_heads": first.num_attention_heads,
@@ -154,7 +156,7 @@ def to_transformers(model: ViTCustomPreTrainedModel, copy: bool = True) -> PreTr
     """
     kind, fields = transformers_config(model)
     config = model.config
-    has_spare_token = _has_spare_token(config)
+    has_spare_token = _has_spare_token(model)
     layout = TRANSFORMERS_SINGLE_DEIT if has_spare_token else TRANSFORMERS_LAYOUTS[kind]
     their_config = transformers.CONFIG_MAPPING[kind](**fields)
     names = {
@@ -195,7 +197,7 @@ def transformers_config(model: ViTCustomPreTrainedModel) -> tuple[str, dict]:
         raise ValueError(NO_MERGING.format(config.token_merging, "transformers"))
     stages, first = config.stages, config.stages[0]
     refused = {
-        "num_register_tokens": config.num_register_tokens > 0 and not _has_spare_token(config),
+        "num_register_tokens": config.num_register_tokens > 0 and not _has_spare_token(model),
         "qk_norm": config.qk_norm,
         "layer_scale_init_value": config.layer_scale_init_value is not None,
         "norm_after_pooling": config.norm_after_pooling,
@@ -240,6 +242,8 @@ def transformers_config(model: ViTCustomPreTrainedModel) -> tuple[str, dict]:
     if config.pooling != "cls" and isinstance(model, ViTCustomForImageClassification):
         raise ValueError("pooling='mean' has no counterpart in transformers' ViT and PVT, which read their class token")
     if len(stages) > 1 or first.sr_ratio > 1:
+        if config.native_size[0] != config.native_size[1]:
+            raise ValueError(f"image_size={config.image_size} must be square in transformers' PVT")
         for epsilon in (config.patch_norm_eps, config.sr_norm_eps):
             _compare_epsilon(epsilon, config.layer_norm_eps, "transformers")
         return "pvt", shared | {
@@ -271,7 +275,7 @@ def transformers_config(model: ViTCustomPreTrainedModel) -> tuple[str, dict]:
             "decoder_num_attention_heads": config.decoder_num_attention_heads,
             "decoder_intermediate_size": config.decoder_intermediate_size,
         }
-    return ("deit" if config.use_distillation_token or _has_spare_token(config) else "vit"), fields
+    return ("deit" if config.use_distillation_token or _has_spare_token(model) else "vit"), fields
 
 
 def _warn_of_padding(config: ViTCustomConfig, library: str) -> None:
@@ -295,10 +299,11 @@ def _warn_of_shifts(config: ViTCustomConfig) -> None:
         )
 
 
-def _has_spare_token(config: ViTCustomConfig) -> bool:
+def _has_spare_token(model: ViTCustomPreTrainedModel) -> bool:
     """Whether it is a DeiT whose distillation token has no head: a register to us, and a model of its own there."""
-    has_one = config.use_class_token and config.num_register_tokens == 1
-    return config.is_plain and has_one and not config.use_distillation_token
+    config = model.config
+    has_one = config.use_class_token and config.num_register_tokens == 1 and not config.use_distillation_token
+    return config.is_plain and has_one and not isinstance(model, ViTCustomForPreTraining)
 
 
 def to_npz(model: ViTCustomPreTrainedModel) -> dict[str, np.ndarray]:

@@ -139,7 +139,12 @@ def place(model: ViTCustomPreTrainedModel, pixel_values: Tensor) -> Tensor:
 
 
 def to_probabilities(logits: Tensor, config: PreTrainedConfig) -> Tensor:
-    """(..., L) -> (..., L): of each class by itself where an image may have several, as the library's pipeline does."""
+    """(..., L) -> (..., L): of each class by itself where an image may have several, as the library's pipeline does.
+
+    Of a regression, logits as they are, as there.
+    """
+    if config.problem_type == "regression":
+        return logits.float()
     if config.problem_type == "multi_label_classification" or config.num_labels == 1:
         return logits.float().sigmoid()
     return logits.float().softmax(dim=-1)
