@@ -691,6 +691,12 @@ def plain_recipe(fields: dict) -> dict:
     return {name: getattr(value, "value", value) for name, value in fields.items() if name not in own}
 
 
+def find_difference(one: dict, other: dict) -> str | None:
+    """The first field in which two plain recipes differ, but for those that tell how a run is watched."""
+    names = (name for name in [*one, *other] if name not in ("disable_tqdm", "report_to"))
+    return next((name for name in names if one.get(name) != other.get(name)), None)
+
+
 def to_argv(fields: dict) -> list[str]:
     """`{"rotation": 5, "config_overrides": ["a=1", "b=2"]}` -> `["--rotation=5", "--config_overrides", "a=1", "b=2"]`.
 

@@ -26,6 +26,7 @@ from trainers.arguments import (
     TrainingArguments,
     TrainingCommand,
     check_writable,
+    find_difference,
     plain_recipe,
     read_recipe,
     write_recipe,
@@ -129,10 +130,10 @@ def find_unfinished(folder: Path, command: TrainingCommand) -> str | None:
         raise ValueError(f"{there} already holds checkpoints: {choice}")
     if checkpoint is None:
         return None
-    for name in [*asked, *begun]:
-        if asked.get(name) != begun.get(name):
-            one, other = (f"--{name} {each[name]}" if name in each else f"no --{name}" for each in (begun, asked))
-            raise ValueError(f"{there} holds an unfinished run with {one}, and now there is {other}: {choice}")
+    name = find_difference(asked, begun)
+    if name is not None:
+        one, other = (f"--{name} {each[name]}" if name in each else f"no --{name}" for each in (begun, asked))
+        raise ValueError(f"{there} holds an unfinished run with {one}, and now there is {other}: {choice}")
     return checkpoint
 
 

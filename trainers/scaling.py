@@ -42,6 +42,7 @@ from trainers.arguments import (
     ScalingTrainingArguments,
     TrainingArguments,
     check_writable,
+    find_difference,
     parse_arguments,
     plain_recipe,
     read_recipe,
@@ -463,12 +464,12 @@ def is_done(folder: Path, cell: Cell, command: Command) -> bool:
     groups = [*COMMON_GROUPS, TrainingArguments]
     asked = plain_recipe(parse_arguments(groups, cell_argv(cell, folder, command), PROGRAM, __doc__, EXAMPLES)[-1])
     trained = read_recipe(str(path / RECIPE))
-    for name in [*asked, *trained]:
-        if asked.get(name) != trained.get(name):
-            raise ValueError(
-                f"{str(path)!r} was trained with --{name} {trained.get(name)}, and now there is {asked.get(name)}: "
-                "give another output_dir"
-            )
+    name = find_difference(asked, trained)
+    if name is not None:
+        raise ValueError(
+            f"{str(path)!r} was trained with --{name} {trained.get(name)}, and now there is {asked.get(name)}: "
+            "give another output_dir"
+        )
     return True
 
 
