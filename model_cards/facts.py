@@ -51,9 +51,7 @@ class TrainingRun:
     dataset_folder: str | None = None  # the name of a local one
     split_sizes: Mapping[str, int] | None = None
     train_fraction: float | None = None  # share of the training images that was taken, if not all
-    train_imbalance: float | None = (
-        None  # how many times smaller a share of the last class than of the first, if at all
-    )
+    train_imbalance: float | None = None  # the share of the first class by that of the last, if not 1
     train_counts: Sequence[int] = ()  # of each class, training images
     rebalancing: Mapping[str, float] | None = None  # how classes were balanced: by keys of `citations.REBALANCING`
 

@@ -12,10 +12,11 @@ import sys
 # images in the visitor's browser storage.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["GRADIO_RUN_HISTORY"] = "False"
+
 from classifier import load_classifier
 from page import LAUNCH_OPTIONS, build_demo
 from transformers import logging
-from uploads import upload_folder
+from uploads import own_upload_folder
 from version import default_model, describe_version
 
 from modeling_vit_custom.command_line import Parser, report_user_errors
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         model, revision = (arguments.model, None) if arguments.model else default_model()
         classifiers = [load_classifier(model, arguments.trust_remote_code, revision)]
         classifiers += [load_classifier(each, arguments.trust_remote_code) for each in arguments.compare]
-    with upload_folder():
+    with own_upload_folder():
         with report_user_errors("app.py"):
             demo = build_demo(classifiers, describe_version())
         try:

@@ -12,7 +12,7 @@ import gradio as gr
 from classifier import ATTENTION, BY_LAYER, GRAD_CAM, ROLLOUT, Classifier, UnusableModelError
 from PIL import Image
 from starlette.middleware import Middleware
-from uploads import MAX_FILE_BYTES, NO_IMAGE, UploadsOnlyBlocks, WithoutSideDoors, open_upload, refuse
+from uploads import MAX_FILE_BYTES, NO_IMAGE, SECONDS_KEPT, UploadsOnlyBlocks, WithoutSideDoors, open_upload, refuse
 
 
 try:
@@ -90,8 +90,8 @@ def build_demo(classifiers: Sequence[Classifier], version: str = "vit-custom") -
         name, count = Counter(each.name for each in classifiers).most_common(1)[0]
         if count > 1:
             raise UnusableModelError(f"{count} models are called {name!r}: rename their folders")
-    # Uploads are looked for every hour and deleted when they are an hour old.
-    with UploadsOnlyBlocks(title=f"{first.name} · vit-custom", delete_cache=(3600, 3600)) as demo:
+    # Uploads are looked for as often as they grow that old.
+    with UploadsOnlyBlocks(title=f"{first.name} · vit-custom", delete_cache=(SECONDS_KEPT, SECONDS_KEPT)) as demo:
         gr.HTML(introduction(first), elem_id="introduction")
         with gr.Tabs():
             with gr.Tab("Try it"), gr.Row():

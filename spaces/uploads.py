@@ -104,12 +104,14 @@ class WithoutSideDoors:
 
     async def answer(self, scope: dict, receive: Any, send: Any) -> None:
         """What gradio answers, unless it is sent more than it should read."""
+        too_long = PlainTextResponse("Too long", status_code=413)
         is_upload = scope["path"].removeprefix(scope.get("root_path", "")) == self.UPLOAD
         left = MAX_REQUEST_BYTES + (MAX_FILE_BYTES if is_upload else 0)
         length = dict(scope["headers"]).get(b"content-length", b"")
-        is_of_any_length = not length.isdigit() and scope["method"] == "POST" and not is_upload
-        if is_of_any_length or (length.isdigit() and int(length) > left):
-            await PlainTextResponse("Too long", status_code=413)(scope, receive, send)
+        # Of those that do not say how long they are, uploads are counted as they come.
+        may_be_endless = scope["method"] == "POST" and not is_upload
+        if int(length) > left if length.isdigit() else may_be_endless:
+            await too_long(scope, receive, send)
             return
 
         async def receive_less() -> dict:
@@ -127,7 +129,7 @@ class WithoutSideDoors:
         with suppress(TooLongError):
             await self.app(scope, receive_less, send_unless_too_long)
         if left < 0:
-            await PlainTextResponse("Too long", status_code=413)(scope, receive, send)
+            await too_long(scope, receive, send)
 
 
 class TooLongError(Exception):
@@ -146,7 +148,7 @@ def delete_uploads(folder: Path, age: float) -> None:
 
 
 @contextmanager
-def upload_folder() -> Iterator[Path]:
+def own_upload_folder() -> Iterator[Path]:
     """A new folder for what is uploaded to pages that are built meanwhile: every hour older files go, at last all.
 
     Gradio's own is shared with all other programs of the user that gradio serves, and what is theirs stays there.

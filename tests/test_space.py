@@ -343,7 +343,7 @@ def test_old_uploads_are_deleted_whoever_left_them(tmp_path, monkeypatch):
     monkeypatch.setattr("uploads.SECONDS_KEPT", 0.1)
     (tmp_path / "theirs").touch()
     os.utime(tmp_path / "theirs", (0, 0))
-    with uploads.upload_folder() as folder:
+    with uploads.own_upload_folder() as folder:
         assert folder.parent == tmp_path and os.environ["GRADIO_TEMP_DIR"] == str(folder)
         (folder / "name").mkdir()
         (folder / "name" / "old").touch()

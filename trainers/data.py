@@ -27,6 +27,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 from transformers import BaseImageProcessor
 
+from modeling_vit_custom.command_line import say
 from modeling_vit_custom.images import ClippedImageError, to_rgb
 from trainers.arguments import DataArguments
 from trainers.augmentation import Augmentation, Crop
@@ -411,8 +412,7 @@ def _fetch(path: str) -> bytes:
         if isinstance(error, FileNotFoundError) and _says_missing(error.__cause__):
             raise ValueError("is not there") from error
         cause = error.__cause__ or error
-        reason = " ".join(f"{type(cause).__name__}: {cause}".split())
-        raise FetchError(f"image {path} cannot be fetched ({reason})") from error
+        raise FetchError(f"image {path} cannot be fetched ({type(cause).__name__}: {say(cause)})") from error
 
 
 def _says_missing(cause: BaseException | None) -> bool:
