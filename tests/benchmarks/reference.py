@@ -335,7 +335,8 @@ def render_page(found: Mapping[Experiment, Facts], grid: Mapping | None) -> str:
         "worth about a point (95 %) of an accuracy, up to two of the recall of three classes, less of a difference.",
         "GFLOPs are those of a prediction. Training is three times that an image, or less where images grow "
         "(`--initial_image_size`), and a teacher adds a prediction of its own. Images and time are those of training, "
-        "with those of the runs that one starts from or learns from.",
+        "with those of the runs that one starts from or learns from. Time is that of the hardware named below each "
+        "table, where other things may have run as well: it tells what to expect, not which is faster.",
         "Written by `python tests/benchmarks/reference.py --report` from the facts of the runs, each a `run.json` "
         f"beside this page. Without `--report` it trains what is missing there. In the commands N is a seed; they name "
         f"{DATASET} on the Hub, on which figures may differ from those of a copy stored as JPEG.",
@@ -393,7 +394,7 @@ def tabulate_runs(experiment: Experiment, runs: Facts) -> str:
             (
                 name,
                 *(format_percent(measure(runs[name], each)) for each in experiment.measures),
-                ", ".join(f"{value:.2%}" for value in values),
+                ", ".join(f"{100 * value:.2f}" for value in values) + " %",
                 "-" if name == reference else format_points(values - measure(runs[reference], first)),
                 f"{run.num_parameters / 1e6:.2f}",
                 f"{run.flops / 1e9:.3f}",
