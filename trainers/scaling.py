@@ -220,14 +220,14 @@ def read_command(argv: Sequence[str]) -> Command:
     for name, usual in REFUSED.items():
         if asked[name] != usual:
             raise ValueError(f"--{name} {asked[name]} does not go with a grid: leave it out")
-    limit = _count_places(training.device.type)
-    grid.jobs = grid.jobs or (limit if training.device.type == "cuda" else 1)
-    command = Command(argv, grid, data, loss, training, given, min(grid.jobs, limit))
+    places = count_places(training.device.type)
+    grid.jobs = grid.jobs or (places if training.device.type == "cuda" else 1)
+    command = Command(argv, grid, data, loss, training, given, min(grid.jobs, places))
     check_given(command)
     return command
 
 
-def _count_places(device: str) -> int:
+def count_places(device: str) -> int:
     """How many runs there is room for side by side: one on each GPU, or on each thread of a processor."""
     if device == "cuda":
         return torch.cuda.device_count()
