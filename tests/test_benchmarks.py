@@ -41,8 +41,10 @@ from model_cards.rendering import CARD
 from model_cards.scaling import FACTS, REPORT, render_study
 from modeling_vit_custom import ViTCustomForImageClassification, preset_config
 from modeling_vit_custom.convert.graphs import OLDEST_TORCH
-from trainers.arguments import RECIPES, read_recipe
+from trainers.arguments import COMMON_GROUPS, RECIPES, TrainingArguments, parse_arguments, read_recipe
 from trainers.hub import RECIPE, render_recipe
+from trainers.models import make_model, read_processor
+from trainers.pace import count_flops
 
 
 FOLDER = Path(__file__).parent / "benchmarks"
@@ -544,6 +546,19 @@ def test_facts_are_those_of_an_experiment():
         assert has_card == (folder / CARD).is_file()
         if has_card:
             assert not find_card_errors((folder / CARD).read_text(encoding="utf-8"), folder)
+
+
+def test_architectures_are_trained_at_equal_cost(tmp_path):
+    experiment, flops = reference.read_experiments()["architectures"], {}
+    groups = [*COMMON_GROUPS, TrainingArguments]
+    for name in experiment.trained:
+        _, *options = experiment.argv(name, {})
+        argv = [*options, "--dataset", "cifar10", "--output_dir", str(tmp_path)]
+        model, *_, training, _ = parse_arguments(groups, argv, "finetune", "", "")
+        model, processor = make_model(model, [str(label) for label in range(10)])
+        size, _, _ = read_processor(processor)
+        flops[name] = training.num_train_epochs * count_flops(model, size)
+    assert max(flops.values()) / min(flops.values()) < 1.01
 
 
 def test_the_page_of_the_grid_is_that_of_its_facts_and_its_recipe():
