@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import datasets
 import torch
+import transformers
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from transformers import BaseImageProcessor, PreTrainedModel, TrainerCallback
@@ -185,6 +187,13 @@ def keep_images_per_step(command: TrainingCommand) -> None:
         print(f"{before} images a step as before: {largest}{accumulated} on each of {args.world_size} processes")
 
 
+def hide_progress_bars(training_args: TrainingArguments) -> None:
+    """Where `disable_tqdm` wants none: it reaches neither those of reading images nor those of loading weights."""
+    if training_args.disable_tqdm:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+
+
 def load_training_splits(command: TrainingCommand, needs_labels: bool = True) -> Splits:
     """See `trainers.data.load_splits`; the training arguments fit what comes back.
 
@@ -192,6 +201,7 @@ def load_training_splits(command: TrainingCommand, needs_labels: bool = True) ->
         ValueError: if they cannot, or something is wrong with the data set.
     """
     training_args = command.training
+    hide_progress_bars(training_args)
     if command.data.streaming:
         check_streaming(command.augmentation, command.loss, training_args)
     splits = load_splits(command.data, training_args.seed, needs_labels)

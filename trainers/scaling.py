@@ -56,6 +56,7 @@ from trainers.hub import RECIPE
 from trainers.models import is_preset, list_named, make_model, open_processor, parse_overrides, read_processor
 from trainers.pace import STEP_COST, count_flops, describe_seconds
 from trainers.run_facts import format_command
+from trainers.runs import hide_progress_bars
 from trainers.scaling_laws import Result, analyse
 from trainers.vit_trainer import check_optimization
 
@@ -241,6 +242,7 @@ def plan(command: Command, folder: Path) -> list[Cell]:
         ValueError: for a model that there is not, or a share of too few images or of as many as another one.
     """
     grid, training = command.grid, command.training
+    hide_progress_bars(training)
     splits = load_splits(replace(command.data, train_imbalance=1.0), training.seed)
     evaluated = sum(len(split) for name, split in splits.items() if name != TRAIN)
     batch, counts = training.images_per_step, {}
