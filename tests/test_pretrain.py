@@ -68,6 +68,13 @@ def test_a_run_says_how_good_the_features_are(pretrained):
         assert figure.size[1] > figure.size[0] > 300
 
 
+def test_no_title_of_the_reconstructions_is_cut_off(tmp_path):
+    folder = run(tmp_path, "masked_autoencoder", "--config_overrides", "norm_pix_loss=true")
+    with Image.open(folder / "reconstructions.png") as figure:
+        pixels = np.asarray(figure.convert("RGB"))
+    assert (pixels[:, [0, -1]] == 255).all() and (pixels[[0, -1]] == 255).all()
+
+
 def test_the_loss_of_a_run_is_that_of_its_model(pretrained):
     """Masks are drawn from the training seed, so that the figure can be had again."""
     _, folder = pretrained

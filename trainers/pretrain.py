@@ -168,7 +168,7 @@ def train_encoder(command: TrainingCommand, arguments: PretrainingArguments) -> 
         rows = show_reconstructions(model, torch.stack(seen[:count]), mean, std)
         # Trained on normalised patches, a model says nothing of their brightness and contrast.
         normalised = getattr(model.config, "norm_pix_loss", False) and arguments.objective == "masked_autoencoder"
-        title = "reconstructed\nbut for mean and contrast" if normalised else "reconstructed"
+        title = "reconstructed\nbut for mean\nand contrast" if normalised else "reconstructed"
         pictures[RECONSTRUCTIONS] = plot_images(rows, ("image", "masked", title))
     write_card(output_dir, run, pictures, keep_edits=bool(training_args.resume_from_checkpoint))
     figures = ", ".join([judging or "not judged", *(f"{METRIC_TITLES[name]} {results[name]:.4f}" for name in results)])
