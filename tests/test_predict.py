@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import multiprocessing
 import os
 import signal
 import struct
@@ -33,7 +34,7 @@ from transformers import (
 )
 
 from modeling_vit_custom import ViTCustomForImageClassification
-from trainers import image_sources, predict, row_files
+from trainers import image_sources, inference, predict, row_files
 
 
 ROOT = Path(__file__).parents[1]
@@ -820,6 +821,22 @@ def test_a_killed_reader_is_one_line(tmp_path, model, photos):
     assert done.returncode == 1
     # Above it torch may say that its own tidying up was disturbed.
     assert "a process that reads images was killed" in done.stderr.splitlines()[-1]
+
+
+def test_a_killed_reader_is_noticed_once(monkeypatch):
+    """Also where its end is heard of after what it was handing over is missed."""
+    before = signal.getsignal(signal.SIGCHLD)
+    monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_SIGCHLD_handler_set", False)
+    try:
+        batches = iter(torch.utils.data.DataLoader(range(8), num_workers=1))
+        next(batches)
+        with pytest.raises(inference.ReadersKilledError), inference.noticing_killed_readers():
+            raise ConnectionResetError
+        for process in multiprocessing.active_children():
+            process.kill()
+        time.sleep(0.5)  # where PyTorch would raise
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 # What is refused, each in one line.

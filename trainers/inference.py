@@ -4,6 +4,7 @@ import argparse
 import copy
 import inspect
 import os
+import signal
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -197,7 +198,11 @@ class ReadersKilledError(Exception):
 def noticing_killed_readers() -> Iterator[None]:
     """Raises ReadersKilledError for what torch raises, wherever this process is by then."""
     try:
-        yield
+        try:
+            yield
+        except BaseException:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler may be about to raise once more
+            raise
     except (ConnectionError, EOFError, RuntimeError) as error:  # the first two where one dies while it hands over
         if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
             raise
