@@ -6,7 +6,13 @@ from transformers import CLIPImageProcessor, TrainerState, ViTImageProcessor
 
 from modeling_vit_custom import list_presets, preset_config
 from trainers.classification import latest_evaluation
-from trainers.run_facts import describe_preprocessing, describe_stages, format_command, hide_folders
+from trainers.run_facts import (
+    describe_preprocessing,
+    describe_stages,
+    format_command,
+    hide_folders,
+    name_architecture,
+)
 
 
 def columns(preset, *names):
@@ -47,6 +53,14 @@ def test_stages_of_the_papers_are_theirs():
 def test_every_preset_has_a_row_for_each_stage(preset):
     config = preset_config(preset)
     assert len(describe_stages(config)) == len(config.stages)
+
+
+@pytest.mark.parametrize("preset", list_presets())
+def test_every_preset_is_of_the_paper_in_its_name(preset):
+    family = preset.partition("_")[0]
+    if family == "deit" and "distilled" not in preset:
+        family = "vit"  # which it is but for its recipe
+    assert name_architecture(preset_config(preset)) == family
 
 
 def test_preprocessing_is_told_as_it_is_done():

@@ -125,7 +125,7 @@ def name_architecture(config: PreTrainedConfig) -> str | None:
         return "pvt"
     if config.use_distillation_token:
         return "deit"
-    return "vit"
+    return "vit" if config.layer_scale_init_value is None else "deit3"
 
 
 def describe_stages(config: ViTCustomConfig) -> list[dict[str, str | int]]:
