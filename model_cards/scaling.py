@@ -121,7 +121,7 @@ def _describe(facts: Mapping) -> str:
         f"{len(results)} runs from random weights on {_range(images)} training images, "
         f"{_count(seeds, 'seed')}, for {facts['epochs']:g} epochs{least}: {format_duration(facts['seconds'])} of "
         f"training in all on {facts['origin']['Hardware']}. The error is 1 - accuracy on the "
-        f"{facts['num_evaluated']:,} images of the {facts['evaluation_split']} split, which nothing was chosen on"
+        f"{facts['num_evaluated']:,} images of the {facts['evaluation_split']} split"
         + ("; where there was none, half an image is taken for one." if perfect else ".")
     )
 
@@ -148,10 +148,11 @@ def _describe_break_evens(facts: Mapping) -> list[str]:
     if not facts["break_evens"]:
         return ["One family has nobody to be compared with."]
     about = (
-        "Each pair at the largest sizes whose laws of the training images are known and whose forward passes cost "
-        f"within a factor of {facts['similar_cost']:g}, or most nearly the same, by these laws"
-        + (", of which more also meant more steps" if _has_longer_runs(facts) else "")
-        + f". A verdict is that of {facts['coverage']:.0%} of the draws of a bootstrap, or it is none."
+        f"Each pair at the largest sizes whose forward passes cost within a factor of {facts['similar_cost']:g}, or "
+        "most nearly the same, and whose laws of the training images are known, where any are. By these laws"
+        + (", of which more also meant more steps," if _has_longer_runs(facts) else "")
+        + f" a verdict is that of {facts['coverage']:.0%} of the draws of a bootstrap. Where there is none, what is "
+        "told is who is ahead in all pairs of runs of the same images and seed, if one is."
     )
     return [about, "\n".join(f"- {verdict}" for verdict in list_verdicts(facts))]
 
@@ -206,9 +207,13 @@ def _format_place(pair: Mapping) -> str:
 def _open_ends(interval: Mapping, limits: Sequence[float], show: Callable[[float], str]) -> tuple[str, str, str]:
     """Value, low and high end; an end at the limits of what was looked among is open."""
     value, low, high = (show(interval[name]) for name in ("value", "low", "high"))
-    low = f"below {low}" if interval["low"] <= 1.01 * limits[0] else low
-    high = f"above {high}" if interval["high"] >= 0.99 * limits[1] else high
-    return value, low, high
+    is_open = _is_open(interval, limits)
+    return value, f"below {low}" if is_open[0] else low, f"above {high}" if is_open[1] else high
+
+
+def _is_open(interval: Mapping, limits: Sequence[float]) -> tuple[bool, bool]:
+    """Whether its low and its high end are those of what was looked among."""
+    return interval["low"] <= 1.01 * limits[0], interval["high"] >= 0.99 * limits[1]
 
 
 def _tabulate_laws(facts: Mapping) -> str:
@@ -219,9 +224,12 @@ def _tabulate_laws(facts: Mapping) -> str:
         if law["problem"] is not None:
             rows.append((*row, "-", "-", f"cannot tell: {law['problem']}"))
             continue
-        exponents = " and ".join(_format_exponent(each, facts["exponent_limits"]) for each in law["exponents"])
-        floor = _format_interval(law["floor"], "{:.1%}")
-        rows.append((*row, exponents, floor, "no floor to be seen" if law["floor"]["low"] < 1e-3 else "levels off"))
+        limits = facts["exponent_limits"]
+        exponents = " and ".join(_format_exponent(each, limits) for each in law["exponents"])
+        remark = "may have no floor" if law["floor"]["low"] < 1e-3 else "levels off"
+        if any(all(_is_open(each, limits)) for each in law["exponents"]):
+            remark = "any exponent fits"
+        rows.append((*row, exponents, _format_interval(law["floor"], "{:.1%}"), remark))
     titles = ("Model", "By", "Runs", "Exponent", "Floor", "")
     return (
         "error = floor + scale x quantity^-exponent, and for two quantities the sum of both terms over one floor "

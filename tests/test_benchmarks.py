@@ -516,6 +516,13 @@ def test_references_measure_the_rare_classes():
     assert reference.format_points(np.array([-0.5])) == "-50.0 points"
 
 
+def test_times_of_references_are_told_by_hardware():
+    times = np.array([60.0, 90.0, 120.0])
+    assert reference.format_times(times) == "1 min 30 s"
+    assert reference.format_times(times, ["a", "b", "a"]) == "1 min 30 s on a, 1 min 30 s on b"
+    assert reference.format_times(times, ["a", "a", "b"]) == "1 min 15 s on a, 2 min 00 s on b"
+
+
 def test_tables_say_what_the_runs_left():
     for file, text in reference.render(reference.read_experiments().values()).items():
         assert file.read_text(encoding="utf-8") == text

@@ -468,6 +468,21 @@ def test_ends_of_what_was_looked_for_are_open():
     assert "at 9,000 (below 2,500 to above 50,000) images" in tell(2500, 50000)
 
 
+@pytest.mark.parametrize(
+    ("exponent", "floor", "remark"),
+    [((0.3, 0.6), (0.0, 0.1), "may have no floor"), ((0.3, 0.6), (0.1, 0.2), "levels off"),
+     ((0.01, 3.0), (0.1, 0.2), "any exponent fits"), ((0.3, 3.0), (0.1, 0.2), "levels off")],
+)  # fmt: skip
+def test_remarks_of_laws_are_those_of_their_intervals(exponent, floor, remark):
+    results = make_results()
+    facts = study([result for result in results if result.width == 1 and result.family == "vit"])
+    (law,) = [law for law in facts["laws"] if law["kind"] == "images"]
+    for interval, (low, high) in ((law["exponents"][0], exponent), (law["floor"], floor)):
+        interval |= {"value": (low + high) / 2, "low": low, "high": high}
+    (row,) = [line for line in page.render_study(facts).splitlines() if line.startswith("| `vit` x 1 | images |")]
+    assert row.endswith(f"| {remark} |")
+
+
 def test_families_are_named_by_their_presets_where_these_tell_them_apart():
     short = {"a:depth=1": "a", "b:depth=1": "b:depth=1", "b:depth=2": "b:depth=2"}
     assert page.shorten_families(short) == short

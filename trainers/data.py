@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 import datasets
+import fsspec.asyn
 import numpy as np
 import PIL.Image
 import sklearn.datasets
@@ -47,6 +48,10 @@ MAX_BYTES_IN_MEMORY = 2**30
 IMAGES_FOR_THREADS = 256  # handed over at once, still encoded
 IMAGES_OF_STREAM = 32  # decoded at once
 MAX_PIXELS = 2**24  # of decoded images at once, as far as it is not a single one: 48 MiB of them
+
+if hasattr(os, "register_at_fork"):  # there are systems without forks
+    # With older versions a data loader's process would wait for ever for the thread that fetches files in this one.
+    os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
 
 Splits = DatasetDict | IterableDatasetDict
 

@@ -42,7 +42,14 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "model_cards" / "results"
 README, PART = ROOT / "README.md", "results"
 DATASET = "uoft-cs/cifar10"
+COPY = "../../tests/benchmarks/README.md#reference-the-projects-own-results"  # what the page means by it
 SCALING = "scaling"
+ABOUT_GRID = (
+    "The ResNet sees images enlarged to 64 pixels, the ViT as they are. An earlier grid, by AdamW and of larger "
+    "widths, was judged on the same test images and could tell nothing, since its ViTs had learnt next to nothing: "
+    "optimizer, widths and the least number of steps were changed after it, the last by a trial on images held out of "
+    "training."
+)
 RESET = "reset_positions"
 NUM_CLASSES = 3  # of the rarest and of the most frequent ones
 MEASURES = {
@@ -261,10 +268,10 @@ def keep(source: Path, folder: Path, patterns: Sequence[str], note: str | None =
 def describe_card(experiment: Experiment) -> str:
     """What a run with a card was for, and where its weights are."""
     return (
-        f"One of {len(experiment.seeds)} runs, of seed {experiment.seeds[0]}, in the comparison "
+        f"A run of seed {experiment.seeds[0]} in the comparison "
         f"[{experiment.title}]({'../' * 3}README.md#{experiment.name}). Its weights are not kept here: the commands "
         "there make them again, each after those whose folders it names, and what is said of use holds in the folder "
-        "that they leave."
+        "that they leave. In the command below a data set or a model without a slash is a local folder."
     )
 
 
@@ -331,15 +338,16 @@ def render_page(found: Mapping[Experiment, Facts], grid: Mapping | None) -> str:
         "Of short runs: they compare, and set no records. All are judged on the 10,000 test images, once, at the end, "
         "and no setting was chosen by a figure of this page; where one was a reason to try again, it is said. Means "
         "and sample standard deviations are over seeds, which also draw the images where only a share of them is "
-        "taken; differences are taken seed by seed. That the test images are a sample, too, is not in them: it is "
-        "worth about a point (95 %) of an accuracy, up to two of the recall of three classes, less of a difference.",
+        "taken; differences are taken seed by seed. Of two seeds a deviation says next to nothing. That the test "
+        "images are a sample, too, is not in it: it is worth about a point (95 %) of an accuracy, up to two of the "
+        "recall of three classes, less of a difference.",
         "GFLOPs are those of a prediction. Training is three times that an image, or less where images grow "
         "(`--initial_image_size`), and a teacher adds a prediction of its own. Images and time are those of training, "
         "with those of the runs that one starts from or learns from. Time is that of the hardware named below each "
         "table, where other things may have run as well: it tells what to expect, not which is faster.",
         "Written by `python tests/benchmarks/reference.py --report` from the facts of the runs, each a `run.json` "
         f"beside this page. Without `--report` it trains what is missing there. In the commands N is a seed; they name "
-        f"{DATASET} on the Hub, on which figures may differ from those of a copy stored as JPEG.",
+        f"{DATASET} on the Hub, on which figures may differ from those of [a copy stored as JPEG]({COPY}).",
     ]
     for experiment, runs in found.items():
         origin = [f"{name}: {fact}" for name, fact in {"Data": describe_data(runs), **list_origins(flat(runs))}.items()]
@@ -354,7 +362,7 @@ def render_page(found: Mapping[Experiment, Facts], grid: Mapping | None) -> str:
             escape_markdown("; ".join(origin) + "."),
         ]
     if grid is not None:
-        parts += [f"## A grid of models and shares of the images\n\n[Its report]({SCALING}/{REPORT})."]
+        parts += ["## A grid of models and shares of the images", f"[Its report]({SCALING}/{REPORT}). {ABOUT_GRID}"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -386,6 +394,7 @@ def command(experiment: Experiment, run: str) -> str:
 def tabulate_runs(experiment: Experiment, runs: Facts) -> str:
     reference, *_ = experiment.compared
     first, *_ = experiment.measures
+    has_many = len({run.hardware for run in flat(runs)}) > 1
     rows = []
     for name in experiment.compared:
         values, run = measure(runs[name], first), runs[name][0]
@@ -398,8 +407,8 @@ def tabulate_runs(experiment: Experiment, runs: Facts) -> str:
                 "-" if name == reference else format_points(values - measure(runs[reference], first)),
                 f"{run.num_parameters / 1e6:.2f}",
                 f"{run.flops / 1e9:.3f}",
-                f"{images:,.0f}",
-                format_duration(seconds),
+                f"{images.mean():,.0f}",
+                format_times(seconds, [run.hardware for run in runs[name]] if has_many else ()),
             )
         )
     title = MEASURES[first]
@@ -408,15 +417,24 @@ def tabulate_runs(experiment: Experiment, runs: Facts) -> str:
     return tabulate(titles, rows)
 
 
-def add_sources(experiment: Experiment, name: str, runs: Facts) -> tuple[float, float]:
-    """Images and seconds of a run with those of its sources, means of its seeds."""
+def add_sources(experiment: Experiment, name: str, runs: Facts) -> tuple[np.ndarray, np.ndarray]:
+    """Images and seconds of a run with those of its sources, seed by seed."""
     own = runs.get(name, ())
-    images = float(np.mean([run.sights for run in own])) if own else 0.0
-    seconds = float(np.mean([run.wall_time for run in own])) if own else 0.0
+    images = np.array([run.sights for run in own]) if own else np.zeros(1)
+    seconds = np.array([run.wall_time for run in own]) if own else np.zeros(1)
     for source in experiment.sources(name):
         more = add_sources(experiment, source, runs)
         images, seconds = images + more[0], seconds + more[1]
     return images, seconds
+
+
+def format_times(seconds: np.ndarray, hardware: Sequence[str] = ()) -> str:
+    """The mean, or one for each hardware."""
+    if not hardware:
+        return format_duration(seconds.mean())
+    hardware = np.array(hardware)
+    means = {name: format_duration(seconds[hardware == name].mean()) for name in dict.fromkeys(hardware.tolist())}
+    return ", ".join(f"{mean} on {name}" for name, mean in means.items())
 
 
 def measure(runs: Sequence[TrainingRun], what: str) -> np.ndarray:
