@@ -207,8 +207,8 @@ def _format_place(pair: Mapping) -> str:
 def _open_ends(interval: Mapping, limits: Sequence[float], show: Callable[[float], str]) -> tuple[str, str, str]:
     """Value, low and high end; an end at the limits of what was looked among is open."""
     value, low, high = (show(interval[name]) for name in ("value", "low", "high"))
-    is_open = _is_open(interval, limits)
-    return value, f"below {low}" if is_open[0] else low, f"above {high}" if is_open[1] else high
+    is_below, is_above = _is_open(interval, limits)
+    return value, f"below {low}" if is_below else low, f"above {high}" if is_above else high
 
 
 def _is_open(interval: Mapping, limits: Sequence[float]) -> tuple[bool, bool]:

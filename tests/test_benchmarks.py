@@ -32,6 +32,7 @@ from benchmarks import (
     transformers_4,
 )
 from benchmarks.foreign_files import SOURCES
+from benchmarks.steps import describe_error
 from torch import nn
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
@@ -514,6 +515,11 @@ def test_references_measure_the_rare_classes():
     assert reference.measure(runs, "accuracy") == pytest.approx([0.5, 0.5])
     assert reference.format_percent(np.array([0.25, 0.75])) == "50.0 ± 35.4 %"
     assert reference.format_points(np.array([-0.5])) == "-50.0 points"
+
+
+def test_errors_are_told_without_the_command_of_a_compiler():
+    error = describe_error(RuntimeError("no such\n  instruction\n\nCommand:\ng++ /home/me/a.cpp"))
+    assert error == "RuntimeError: no such instruction"
 
 
 def test_times_of_references_are_told_by_hardware():

@@ -31,7 +31,7 @@ from transformers import set_seed
 from model_cards.facts import RUN, TrainingRun, list_origins, read_run
 from model_cards.pages import tabulate
 from model_cards.rendering import CARD, break_lines, escape_markdown, fence, find_parts, format_duration
-from model_cards.scaling import FACTS, FILES, REPORT, list_verdicts
+from model_cards.scaling import FACTS, FILES, REPORT, group, list_verdicts
 from modeling_vit_custom.command_line import report_user_errors
 from trainers.arguments import ModelArguments
 from trainers.hub import RECIPE, render_recipe
@@ -271,7 +271,8 @@ def describe_card(experiment: Experiment) -> str:
         f"A run of seed {experiment.seeds[0]} in the comparison "
         f"[{experiment.title}]({'../' * 3}README.md#{experiment.name}). Its weights are not kept here: the commands "
         "there make them again, each after those whose folders it names, and what is said of use holds in the folder "
-        "that they leave. In the command below a data set or a model without a slash is a local folder."
+        "that they leave. In the command below data sets and models without a slash, but for presets, are local "
+        "folders."
     )
 
 
@@ -420,8 +421,8 @@ def tabulate_runs(experiment: Experiment, runs: Facts) -> str:
 def add_sources(experiment: Experiment, name: str, runs: Facts) -> tuple[np.ndarray, np.ndarray]:
     """Images and seconds of a run with those of its sources, seed by seed."""
     own = runs.get(name, ())
-    images = np.array([run.sights for run in own]) if own else np.zeros(1)
-    seconds = np.array([run.wall_time for run in own]) if own else np.zeros(1)
+    images = np.array([run.sights for run in own] or [0.0])
+    seconds = np.array([run.wall_time for run in own] or [0.0])
     for source in experiment.sources(name):
         more = add_sources(experiment, source, runs)
         images, seconds = images + more[0], seconds + more[1]
@@ -432,9 +433,9 @@ def format_times(seconds: np.ndarray, hardware: Sequence[str] = ()) -> str:
     """The mean, or one for each hardware."""
     if not hardware:
         return format_duration(seconds.mean())
-    hardware = np.array(hardware)
-    means = {name: format_duration(seconds[hardware == name].mean()) for name in dict.fromkeys(hardware.tolist())}
-    return ", ".join(f"{mean} on {name}" for name, mean in means.items())
+    groups = group(zip(hardware, seconds), lambda run: run[0])
+    means = {name: np.mean([each for _, each in runs]) for name, runs in groups.items()}
+    return ", ".join(f"{format_duration(mean)} on {name}" for name, mean in means.items())
 
 
 def measure(runs: Sequence[TrainingRun], what: str) -> np.ndarray:

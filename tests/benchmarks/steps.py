@@ -82,8 +82,9 @@ def read_peak() -> int:
 
 
 def describe_error(error: Exception) -> str:
-    """The kind of error and its message in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    """The kind of error and its message in one line, up to an empty one, which a compiler's command follows."""
+    message, *_ = str(error).split("\n\n")
+    return f"{type(error).__name__}: {' '.join(message.split())}"
 
 
 def format_quartiles(values: Sequence[float], write: Callable[[float], str] | None = None) -> str:
